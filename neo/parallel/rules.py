@@ -1,0 +1,158 @@
+"""Logical axis names -> mesh axes, in one table, and the few calls that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from neo.parallel.mesh import BATCH_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axis each logical axis of a parameter or activation is split over; None = not split.
+
+    Parameters are split twice: along `embed` over `fsdp` (their owner shards), and along heads,
+    feed-forward width or vocabulary over `tensor`.
+    """
+
+    batch: MeshAxes = BATCH_AXES
+    sequence: MeshAxes = "context"
+    activation: MeshAxes = None   # the residual stream's D in activations
+    embed: MeshAxes = "fsdp"      # the residual stream's D in parameters
+    vocab: MeshAxes = "tensor"
+    heads: MeshAxes = "tensor"
+    kv: MeshAxes = "tensor"
+    mlp: MeshAxes = "tensor"
+    head: MeshAxes = None
+    norm: MeshAxes = None
+    layers: MeshAxes = None
+    gathered: MeshAxes = None     # a parameter axis at the moment of use, when fsdp has been gathered
+
+    def spec(self, axes: tuple[str | None, ...]) -> P:
+        """PartitionSpec of an array with these logical axes.
+
+        Raises ValueError when two of them would use one mesh axis, which would shard nothing twice.
+        """
+        entries = [getattr(self, axis) if axis is not None else None for axis in axes]
+        used = [name for entry in entries for name in _names(entry)]
+        twice = {name for name in used if used.count(name) > 1}
+        if twice:
+            raise ValueError(f"mesh axis {sorted(twice)} is used twice by logical axes {axes}")
+        return P(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with its rules. Without a mesh (one device, no placement) every call does nothing."""
+
+    mesh: Mesh | None = None
+    rules: ShardingRules = ShardingRules()
+
+    def size(self, axis: str) -> int:
+        """Devices along one mesh axis."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Placement of an array with these logical axes; with no axes: replicated."""
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, self.rules.spec(axes))
+
+    def shardings(self, axes_tree: Any) -> Any:
+        """The same for a nested dict whose leaves are tuples of logical axes."""
+        return jax.tree.map(lambda axes: self.sharding(*axes), axes_tree, is_leaf=lambda x: isinstance(x, tuple))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Tell the compiler where `x` lives at this point of the program."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def gather(self, x: jax.Array, stored: tuple[str | None, ...], used: tuple[str | None, ...]) -> jax.Array:
+        """`x` with the logical axes `stored` as it lies where `used` says; its gradient comes back as `stored`.
+
+        A plain `constrain` would hold the gradient to `used` too: an all-reduce of the full array, where
+        the sum over devices can be a reduce-scatter.
+        """
+        if self.mesh is None:
+            return x
+
+        @jax.custom_vjp
+        def moved(x: jax.Array) -> jax.Array:
+            return self.constrain(x, *used)
+
+        moved.defvjp(lambda x: (moved(x), None), lambda _, grad: (self.constrain(grad, *stored),))
+        return moved(x)
+
+    def copies(self, x: Float[Array, "D V"], stored: tuple[str | None, ...],
+               used: tuple[str | None, ...]) -> Float[Array, "N D V"]:
+        """One copy of a gathered matrix for each of the N data shards, split over them: each device holds its own.
+
+        So a gradient that is added up in a loop stays a sum inside each shard, and the sum over the shards
+        is one reduce-scatter to `stored` behind the loop. With a single [D, V] the partitioner reduces
+        over the devices in each turn of the loop.
+        """
+        shards = math.prod(self.size(axis) for axis in BATCH_AXES)
+
+        def spread(x: jax.Array) -> jax.Array:
+            return self.constrain(jax.numpy.broadcast_to(x, (shards, *x.shape)), "batch", *used)
+
+        if self.mesh is None:
+            return spread(x)
+
+        def back(_: None, grad: jax.Array) -> tuple[jax.Array]:
+            # Padding is per part of the last axis, which `tensor` may split.
+            parts = math.prod(self.size(axis) for axis in _names(getattr(self.rules, used[-1])))
+            rows, width = grad.shape[1], grad.shape[2] // parts
+            wide = _tileable(width) if self._on_tpu() else width
+            grad = grad.reshape(shards, rows, parts, width)
+            grad = jax.numpy.pad(grad, ((0, 0), (0, 0), (0, 0), (0, wide - width))).sum(0)
+            # The barrier keeps the slice that belongs to this device in one piece: an all-reduce with one slice
+            # behind it becomes a reduce-scatter, one with a slice fused into each user does not.
+            grad = jax.lax.optimization_barrier(self.constrain(grad, *stored, None))
+            return (self.constrain(grad[..., :width].reshape(rows, parts * width), *stored),)
+
+        copied = jax.custom_vjp(spread)
+        copied.defvjp(lambda x: (spread(x), None), back)
+        return copied(x)
+
+    def _on_tpu(self) -> bool:
+        return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+
+
+def _names(entry: MeshAxes) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _tileable(width: int) -> int:
+    """The next width at which libtpu reduce-scatters instead of all-reducing: whole lanes of 128, smooth in number.
+
+    Seen with libtpu 0.0.51 on v5p: 250, 504, 506, 512 lanes work, 502 = 2 x 251 and 508 = 4 x 127 do not (a MAP-NEO
+    vocabulary of 64,256 has 502). 23 is the largest prime factor that was seen to work.
+    """
+    lanes = -(-width // 128)
+    while _largest_prime_factor(lanes) > 23:
+        lanes += 1
+    return lanes * 128
+
+
+def _largest_prime_factor(n: int) -> int:
+    factor, largest = 2, 1
+    while n > 1:
+        while n % factor == 0:
+            n, largest = n // factor, factor
+        factor += 1
+    return largest
+
+
+def rules_for(num_kv_heads: int, tensor: int) -> ShardingRules:
+    """Rules for a model on `tensor` devices: K/V projections are replicated when there are fewer heads than devices."""
+    return ShardingRules(kv="tensor" if num_kv_heads % tensor == 0 else None)

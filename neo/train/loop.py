@@ -1,0 +1,168 @@
+"""The training loop: dispatch step n, then read the metrics of step n-1; everything periodic is a hook."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from neo.config.schema import PhaseConfig
+from neo.data.loader import prefetch
+from neo.errors import RestartSafe, StoppedForPerson
+from neo.parallel.distributed import any_process
+from neo.train import schedule
+from neo.train.hooks import Hook
+from neo.train.metrics import stamp, step_values
+from neo.train.session import Session, utilisation
+
+NAMED_DOCUMENTS = 8   # document ids in a NaN message; all of them go to events.jsonl
+
+
+class StopSignals:
+    """Turns SIGTERM and Ctrl-C into a wish to stop after the current step; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A dispatched step whose metrics have not been read."""
+
+    step: int                  # 0-based
+    phase: PhaseConfig
+    values: Mapping[str, Any]  # on device
+
+
+class Recorder:
+    """Reads the metrics of finished steps, checks them, and hands records to the hooks."""
+
+    def __init__(self, session: Session, hooks: list[Hook]):
+        self._session, self._hooks = session, hooks
+        self._since = time.monotonic()
+        self._tokens = self._steps = 0
+        self._away = 0.0   # seconds since the last record in which no step ran
+
+    def settle(self, pending: Pending) -> None:
+        """Wait for a step. Raises StoppedForPerson when its loss or gradient was not finite."""
+        session, values = self._session, jax.device_get(pending.values)
+        if not values["ok"]:
+            self._not_finite(pending, values)
+        done = pending.step + 1
+        self._steps += 1
+        self._tokens += pending.phase.tokens_per_step
+        if done % session.config.log.every_steps == 0 or done == session.stop_step:
+            self.emit(done, self._step_record(pending, values))
+
+    def pause(self, seconds: float) -> None:
+        """`seconds` went by in evaluation or saving: not the steps' fault."""
+        self._away += seconds
+
+    def emit(self, steps: int, values: Mapping[str, float]) -> None:
+        """Complete a record and show it to every hook."""
+        session = self._session
+        tokens = schedule.tokens_after(session.config, steps)
+        record = {**stamp(steps, tokens, session.phase_after(steps).name), **values}
+        if jax.process_index() == 0:
+            for hook in self._hooks:
+                hook.record(record)
+
+    def _step_record(self, pending: Pending, values: Mapping[str, Any]) -> dict[str, float]:
+        session = self._session
+        now = time.monotonic()
+        seconds = max(now - self._since - self._away, 1e-9)
+        speed = self._tokens / seconds
+        record = step_values(values, session.config.sources)
+        record["optim/lr"] = schedule.learning_rate(session.config, pending.step)
+        record |= {"perf/tokens_per_s": speed, "perf/tokens_per_s_per_device": speed / session.mesh.devices.size,
+                   "perf/step_s": seconds / self._steps, **utilisation(session, pending.phase, speed),
+                   **session.clock.shares()}
+        self._since, self._tokens, self._steps, self._away = now, 0, 0, 0.0
+        return record
+
+    def _not_finite(self, pending: Pending, values: Mapping[str, Any]) -> None:
+        session, step = self._session, pending.step
+        what = "loss" if not math.isfinite(values["loss"]) else "gradient norm"
+        value = values["loss"] if what == "loss" else values["grad_norm"]
+        documents = session.data.documents(step)
+        if jax.process_index() == 0:
+            session.workdir.event("not_finite", step + 1, what=what, value=str(float(value)), documents=documents)
+        session.checkpoints.wait()
+        last = session.checkpoints.latest()
+        named = ", ".join(documents[:NAMED_DOCUMENTS]) + (f" and {len(documents) - NAMED_DOCUMENTS} more (events.jsonl)"
+                                                          if len(documents) > NAMED_DOCUMENTS else "")
+        kept = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
+        raise StoppedForPerson(f"{what} is {float(value)} at step {step + 1}; the parameters were kept as they were before "
+                               f"it and {kept}; documents of its batch: {named}")
+
+
+def train(session: Session, hooks: list[Hook]) -> None:
+    """Run from `steps_done` to `stop_step`. The state is saved whatever stops the loop but an error.
+
+    Raises RestartSafe after SIGTERM, KeyboardInterrupt after Ctrl-C, StoppedForPerson for values that are
+    not finite or a full disk.
+    """
+    config, clock, recorder = session.config, session.clock, Recorder(session, hooks)
+    pending: Pending | None = None
+    batches = prefetch(lambda step: session.data.batch(step, session.batch_sharding), session.steps_done,
+                       session.stop_step, config.data.prefetch)
+    with StopSignals() as signals, batches:
+        for step, batch in batches:
+            clock.lap("data")
+            phase = config.phases[schedule.place(config, step).phase]
+            run_step = session.step_for(phase)
+            recorder.pause(clock.lap("startup"))   # a later phase's step is compiled when it begins
+            session.state, values = run_step(session.state, batch, *session.rates(step))
+            if pending is not None:
+                recorder.settle(pending)
+            pending = Pending(step, phase, values)
+            done = session.steps_done = step + 1
+            # Only now and then with several processes: agreeing costs a message.
+            agree = jax.process_count() == 1 or done % config.log.every_steps == 0
+            stopping = agree and any_process(bool(signals.name))
+            acting = [hook for hook in hooks if hook.due(done, done == session.stop_step)]
+            if acting or stopping or done == session.stop_step:
+                recorder.settle(pending)
+                pending = None
+            clock.lap("step")
+            for hook in acting:
+                values = hook.act(done, session.state)
+                recorder.pause(clock.lap(hook.part))
+                if values:
+                    recorder.emit(done, values)
+            if stopping and done < session.stop_step:
+                _stop(session, signals.name or "SIGTERM on another process")
+
+
+def _stop(session: Session, name: str) -> None:
+    with session.log.stage(f"{name}: saving step {session.steps_done}"):
+        session.save(session.state)
+        session.checkpoints.wait()
+    if jax.process_index() == 0:
+        session.workdir.event("stop", session.steps_done, reason=name)
+    text = f"stopped by {name} at step {session.steps_done}, saved; the same command goes on from there"
+    if name == "SIGINT":
+        raise KeyboardInterrupt(text)
+    raise RestartSafe(text)

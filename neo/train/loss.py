@@ -1,0 +1,71 @@
+"""Next-token loss: sums over target tokens per row, over chunks of the sequence so that logits stay small."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from neo.models.decoder import Decoder, Params
+
+# Largest number of logits per sequence alive at once (ours): 2^26 float32 are 256 MiB.
+MAX_LOGITS = 1 << 26
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSums:
+    """Sums over the target tokens of each row: [B] float32 each."""
+
+    loss: Float[Array, "B"]      # cross-entropy, nats
+    z: Float[Array, "B"]         # logsumexp(logits)^2
+    correct: Float[Array, "B"]   # tokens whose target has the largest logit
+    tokens: Float[Array, "B"]    # target tokens counted
+
+
+def chunk_length(seq_len: int, vocab_size: int) -> int:
+    """Tokens per chunk: the largest divisor of T whose logits fit MAX_LOGITS."""
+    limit = max(1, MAX_LOGITS // vocab_size)
+    return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and c <= limit)
+
+
+def token_sums(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]) -> RowSums:
+    """RowSums of logits that are in memory."""
+    peak = jax.lax.stop_gradient(logits.max(axis=-1))
+    log_z = jnp.log(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)) + peak
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    hit = (jax.lax.stop_gradient(target) >= peak).astype(jnp.float32)
+    rows = lambda x: jnp.sum(x * mask, axis=-1)   # noqa: E731
+    return RowSums(rows(log_z - target), rows(log_z * log_z), rows(hit), jnp.sum(mask, axis=-1))
+
+
+def row_sums(decoder: Decoder, params: Params, batch: dict[str, Array], rope_base: float = 0.0) -> RowSums:
+    """RowSums of a batch with `inputs`, `targets`, `positions`, `segment_ids` [B, T] and `loss_mask` [B, T].
+
+    The head and the softmax run chunk by chunk and are repeated in the backward pass, so that at most
+    MAX_LOGITS logits per sequence exist at a time.
+    """
+    layout, seq_len = decoder.layout, batch["inputs"].shape[1]
+    hidden = decoder.hidden(params, batch["inputs"], batch["positions"], batch["segment_ids"], rope_base)
+    kernel = layout.copies(decoder.head_kernel(params), ("embed", "vocab"), ("gathered", "vocab"))
+    length = chunk_length(seq_len, decoder.config.vocab_size)
+
+    def chunk(hidden: Array, targets: Array, mask: Array) -> RowSums:
+        rows = hidden.shape[0]
+        logits = jnp.einsum("nbtd,ndv->nbtv", hidden.reshape(kernel.shape[0], -1, *hidden.shape[1:]), kernel,
+                            preferred_element_type=jnp.float32).reshape(rows, hidden.shape[1], -1)
+        logits = decoder.finish_logits(layout.constrain(logits, "batch", "sequence", "vocab"))
+        return token_sums(logits, targets, mask)
+
+    if length == seq_len:
+        return chunk(hidden, batch["targets"], batch["loss_mask"])
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], seq_len // length, length, *x.shape[2:]).swapaxes(0, 1)
+
+    step = jax.checkpoint(lambda total, x: (jax.tree.map(jnp.add, total, chunk(*x)), None), prevent_cse=False)
+    zero = jnp.zeros(hidden.shape[:1], jnp.float32)
+    chunks = (split(hidden), split(batch["targets"]), split(batch["loss_mask"]))
+    return jax.lax.scan(step, RowSums(zero, zero, zero, zero), chunks)[0]
