@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from neo.config.schema import Config, InitConfig
-from neo.errors import InputError
+from neo.config.schema import Config, InitConfig, PhaseConfig
+from neo.errors import InputError, nearest
 
 # Names become folders and parts of dotted fields.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -23,6 +23,7 @@ def check(config: Config) -> Config:
              f"name={config.name!r}: letters, digits, '.', '_' and '-' only; it names the default workdir and store")
     _check_model(config)
     _check_phases(config)
+    _check_data(config)
     optimizer, train = config.optimizer, config.train
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
@@ -37,7 +38,7 @@ def check(config: Config) -> Config:
     _require(config.log.every_steps >= 1, f"log.every_steps={config.log.every_steps}: 1 or more is needed")
     _require(config.checkpoint.keep_last >= 1, f"checkpoint.keep_last={config.checkpoint.keep_last}: 1 or more is needed")
     for path in ("train.steps", "train.micro_batch", "checkpoint.every_steps", "checkpoint.permanent_every_steps",
-                 "eval.every_steps", "eval.tokens", "eval.sample_every_steps", "data.prefetch"):
+                 "eval.every_steps", "eval.tokens", "eval.sample_every_steps"):
         group, name = path.split(".")
         value = getattr(getattr(config, group), name)
         _require(value >= 0, f"{path}={value}: 0 or more is needed")
@@ -113,12 +114,47 @@ def _check_phases(config: Config) -> None:
         for name in ("peak_lr", "start_lr", "final_lr", "rope_base"):
             value = getattr(phase, name)
             _require(value >= 0, f"{at}.{name}={value}: 0 or more is needed")
-        _require(any(weight > 0 for weight in phase.mixture.values()),
-                 f"{at}.mixture={phase.mixture}: at least one source needs a weight above 0, as in mixture={{'code': 1.0}}")
-        for source, weight in phase.mixture.items():
+        _check_mixtures(config, phase)
+
+
+def _check_mixtures(config: Config, phase: PhaseConfig) -> None:
+    at = f"phases.{phase.name}"
+    for name in ("mixture", "mixture_end"):
+        weights = getattr(phase, name)
+        _require(any(weight > 0 for weight in weights.values()) or (name == "mixture_end" and not weights),
+                 f"{at}.{name}={weights}: at least one source needs a weight above 0, as in {name}={{'code': 1.0}}")
+        for source, weight in weights.items():
             _require(bool(_NAME.fullmatch(source)),
-                     f"{at}.mixture: source name {source!r} may have letters, digits, '_' and '-' only")
-            _require(weight >= 0 and weight < float("inf"), f"{at}.mixture.{source}={weight}: 0 or more is needed")
+                     f"{at}.{name}: source name {source!r} may have letters, digits, '_' and '-' only")
+            _require(weight >= 0 and weight < float("inf"), f"{at}.{name}.{source}={weight}: 0 or more is needed")
+    _require(all(batch >= 1 for batch in phase.batch_ramp), f"{at}.batch_ramp={phase.batch_ramp}: batches of 1 or more are needed")
+    _require(bool(phase.batch_ramp) == (phase.batch_ramp_tokens > 0) and phase.batch_ramp_tokens <= phase.tokens,
+             f"{at}.batch_ramp_tokens={phase.batch_ramp_tokens}: with a batch_ramp more than 0 and at most the phase's "
+             f"tokens={phase.tokens}, without one 0")
+
+
+def _check_data(config: Config) -> None:
+    data, sources = config.data, config.sources
+    for field in ("stores", "source_tokens", "max_epochs_of", "reweight_reference"):
+        for name in getattr(data, field):
+            # Entries for sources that overrides took out of the mixtures are no mistake; misspelt ones are.
+            _require(name in sources or not nearest(name, sources),
+                     f"data.{field} names {name!r}, which no mixture has{nearest(name, sources)}")
+    for name in ("max_epochs", "cache_gb", "prefetch", "reweight_steps", "reweight_rate", "reweight_clip"):
+        _require(getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: 0 or more is needed")
+    for field in ("source_tokens", "max_epochs_of"):
+        for name, value in getattr(data, field).items():
+            _require(value > 0, f"data.{field}.{name}={value}: more than 0 is needed")
+    _require(0 <= data.reweight_floor < 1, f"data.reweight_floor={data.reweight_floor}: a share from 0 to below 1 is needed")
+    if data.reweight_steps:
+        without = [name for name in sources if name not in data.reweight_reference]
+        _require(not without, f"data.reweight_steps={data.reweight_steps} needs a reference loss for each source; "
+                              f"config.data.reweight_reference lacks {', '.join(without[:8])}")
+        ramped = [phase.name for phase in config.phases if phase.mixture_end]
+        _require(not ramped, f"data.reweight_steps={data.reweight_steps} sets the weights, and so does "
+                             f"phases.{(ramped or [''])[0]}.mixture_end; use one of them")
+        _require(data.reweight_steps > data.prefetch,
+                 f"data.reweight_steps={data.reweight_steps}: more than data.prefetch={data.prefetch} is needed")
 
 
 def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
@@ -135,11 +171,12 @@ def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
                                         f"set mesh.fsdp to a divisor and mesh.replica=-1")
     ways = sizes["replica"] * fsdp * sizes["expert"]
     for phase in config.phases:
-        _require(phase.global_batch % ways == 0,
-                 f"phases.{phase.name}.global_batch={phase.global_batch} is not divisible by the {ways} devices the batch "
-                 f"is split over (replica x fsdp x expert); nearest: {max(ways, phase.global_batch // ways * ways)}")
-        if config.train.micro_batch:
-            local = phase.global_batch // ways
-            _require(local % config.train.micro_batch == 0,
-                     f"train.micro_batch={config.train.micro_batch} does not divide the {local} sequences per device "
-                     f"of phases.{phase.name}.global_batch={phase.global_batch}")
+        fields = [("global_batch", phase.global_batch), *(("batch_ramp", batch) for batch in phase.batch_ramp)]
+        for name, batch in fields:
+            _require(batch % ways == 0,
+                     f"phases.{phase.name}.{name}={batch} is not divisible by the {ways} devices the batch "
+                     f"is split over (replica x fsdp x expert); nearest: {max(ways, batch // ways * ways)}")
+            if config.train.micro_batch:
+                _require(batch // ways % config.train.micro_batch == 0,
+                         f"train.micro_batch={config.train.micro_batch} does not divide the {batch // ways} sequences per "
+                         f"device of phases.{phase.name}.{name}={batch}")

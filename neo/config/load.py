@@ -18,6 +18,9 @@ from neo.config.schema import CONFIG_VERSION, GROUPS, Config, PhaseConfig
 from neo.errors import InputError, nearest
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
+# Fields that are name -> value, by their name: no two groups have one of the same name and another type.
+DICTIONARIES = {name: hint for kind in GROUPS.values() for name, hint in typing.get_type_hints(kind).items()
+                if typing.get_origin(hint) is dict}
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 
@@ -72,7 +75,7 @@ def load(config: str | Path, overrides: Overrides = ()) -> Config:
         _override(tree, field, value)
     if not tree.name:
         tree.name = path.stem
-    return _scaled(check(from_dict(tree.to_dict())))
+    return _scaled(check(_measured(from_dict(tree.to_dict()))))
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -147,15 +150,17 @@ def _override(tree: ConfigDict, field: str, value: Any) -> None:
         if parents != ["phases"]:
             raise InputError(f"unknown field config.{field}: config.{'.'.join(parents)} has no parts")
         raise InputError(f"config.{field}: address one field of a phase, as in config.phases.{last}.tokens=2e9")
-    inside_mixture = bool(parents) and parents[-1] == "mixture"
-    if last not in node and not inside_mixture:
+    kind = DICTIONARIES.get(parents[-1] if parents else "")
+    if last not in node and kind is None:
         raise InputError(_unknown(".".join(parents), last, node))
-    if isinstance(node.get(last, None), ConfigDict) and last != "mixture":
-        raise InputError(f"config.{field} is a group; set one of its fields: {', '.join(node[last])}")
     if last == "phases":
         raise InputError("config.phases is a list; address one field of a phase, as in config.phases.main.tokens=2e9")
+    if last in DICTIONARIES:
+        value = ConfigDict(coerce(value, DICTIONARIES[last], field))
+    elif isinstance(node.get(last, None), ConfigDict):
+        raise InputError(f"config.{field} is a group; set one of its fields: {', '.join(node[last])}")
     with node.unlocked():
-        node[last] = ConfigDict(coerce(value, dict[str, float], field)) if last == "mixture" else value
+        node[last] = value
 
 
 def _phase_named(phases: Iterable[ConfigDict], name: str, field: str) -> ConfigDict:
@@ -194,11 +199,28 @@ def _build(kind: type, fields: Mapping[str, Any], path: str) -> Any:
     return kind(**values)
 
 
+def _measured(config: Config) -> Config:
+    """Phases with tokens = 0 whose mixture counts tokens or epochs get the tokens it says."""
+    def tokens(one: PhaseConfig) -> int:
+        if one.tokens or one.mixture_end or one.mixture_unit == "weight":
+            return one.tokens
+        if one.mixture_unit == "tokens":
+            return round(sum(one.mixture.values()))
+        unknown = [name for name, epochs in one.mixture.items() if epochs and name not in config.data.source_tokens]
+        if unknown:
+            raise InputError(f"config.phases.{one.name}.tokens=0 and mixture_unit=epochs: give the phase's tokens, or the size "
+                             f"of {', '.join(unknown[:8])} in config.data.source_tokens")
+        return round(sum(epochs * config.data.source_tokens.get(name, 0) for name, epochs in one.mixture.items()))
+
+    return dataclasses.replace(config, phases=tuple(dataclasses.replace(one, tokens=tokens(one)) for one in config.phases))
+
+
 def _scaled(config: Config) -> Config:
     """Apply train.scale_tokens to phases and warm-ups; the result says 1.0, so that it reads back the same."""
     factor = config.train.scale_tokens
     if factor == 1.0:
         return config
     phases = tuple(dataclasses.replace(one, tokens=max(1, round(one.tokens * factor)),
-                                       warmup_tokens=round(one.warmup_tokens * factor)) for one in config.phases)
+                                       warmup_tokens=round(one.warmup_tokens * factor),
+                                       batch_ramp_tokens=round(one.batch_ramp_tokens * factor)) for one in config.phases)
     return dataclasses.replace(config, phases=phases, train=dataclasses.replace(config.train, scale_tokens=1.0))

@@ -29,6 +29,7 @@ QK_NORMS = ("none", "head", "full")
 INIT_SCHEMES = ("normal", "kaiming")
 DEPTH_SCHEMES = ("none", "interleave", "stack")
 NEW_BLOCKS = ("copy", "identity")
+MIXTURE_UNITS = ("weight", "tokens", "epochs")
 
 
 def _field(default: Any, doc: str, *, identity: bool, choices: tuple[str, ...] = ()) -> Any:
@@ -128,15 +129,36 @@ class DataConfig:
     """Where the tokens come from and how documents meet in a window."""
 
     # Operational: a store may move. What it holds is compared on resume (TrainData.check_state).
-    store: str = operational("", "token store, a folder or gs:// address with one folder per source; "
+    store: str = operational("", "token store, a folder or gs:// or s3:// address with one folder per source; "
                                  "empty means data/<config name>")
+    stores: dict[str, str] = operational({}, "source name -> its own folder or address, for sources that do not lie in store")
+    source_tokens: dict[str, float] = operational(
+        {}, "source name -> tokens it is planned to have: for neo.data.inspect and mixtures by epochs before there is a store")
     seed: int = identity(0, "seed of the data order")
+    max_epochs: float = operational(
+        4.0, "refuse a plan that reads a source more often than this over the run; up to 4 times costs next to nothing "
+             "(arXiv:2305.16264); 0 = no limit")
+    max_epochs_of: dict[str, float] = operational({}, "source name -> its own limit instead of max_epochs")
     cross_document_attention: bool = identity(
         False, "let a token attend to earlier documents of its window (MAP-NEO does); else segments are kept apart")
     mask_end_of_document: bool = identity(
         False, "leave out of the loss the first token of a document, predicted from the end of another")
+    mask_repetition: bool = identity(
+        False, "leave out of the loss windows in which 1 to 13 tokens repeat 32 times or more (OLMo-core's filter)")
     synthetic: bool = identity(False, "random tokens instead of a store, to burn in a machine; never export such a model")
     prefetch: int = operational(2, "batches prepared ahead by a background thread")
+    cache: str = operational("", "local folder that keeps what was read of remote stores; empty = only in memory")
+    cache_gb: float = operational(10.0, "most that data.cache may hold, in 1e9 bytes; the longest unused goes first")
+    amend: bool = operational(
+        False, "take a changed mixture of the current phase as an amendment: it acts from the step at which the run goes on")
+    reweight_steps: int = operational(
+        0, "every so many steps, new mixture weights from the held-out loss of each source (Sheared-LLaMA, arXiv:2310.06694); "
+           "0 = never")
+    reweight_reference: dict[str, float] = operational(
+        {}, "reweight_steps: source name -> held-out loss that it is meant to reach, nats per token")
+    reweight_rate: float = operational(1.0, "reweight_steps: weight *= exp(this * (loss - reference)) (1 in the paper)")
+    reweight_floor: float = operational(1e-4, "reweight_steps: share spread evenly over all sources (1e-4 in the authors' code)")
+    reweight_clip: float = operational(1.0, "reweight_steps: loss - reference counts from 0 to this")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +169,14 @@ class PhaseConfig:
     tokens: int = identity(0, "target tokens of the phase; rounded up to whole steps")
     seq_len: int = identity(8192, "T, tokens per sequence")
     global_batch: int = identity(1024, "B, sequences per optimizer step over all devices")
+    batch_ramp: tuple[int, ...] = identity((), "global batches before global_batch, each for an equal share of batch_ramp_tokens")
+    batch_ramp_tokens: int = identity(0, "tokens of the phase that batch_ramp takes")
     mixture: dict[str, float] = identity({}, "source name -> weight; weights are normalised; 0 switches a source off")
+    mixture_end: dict[str, float] = identity(
+        {}, "mixture at the end of the phase, reached in a straight line; empty = the same all along")
+    mixture_unit: str = identity(
+        "weight", "what the mixtures count: weights of any size, tokens of the phase, or epochs of each source; with tokens = 0 "
+                  "the phase is as long as they say", MIXTURE_UNITS)
     peak_lr: float = identity(2e-4, "learning rate at the end of the warm-up")
     start_lr: float = identity(0.0, "learning rate at the first token of the warm-up")
     final_lr: float = identity(2e-5, "learning rate at the last token of the phase")
@@ -157,12 +186,30 @@ class PhaseConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Target tokens of a step, after any batch_ramp."""
         return self.seq_len * self.global_batch
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """(steps, global batch) one after the other: batch_ramp, each at least one step, then global_batch."""
+        parts, left = [], self.tokens
+        for batch in self.batch_ramp:
+            per_step = self.seq_len * batch
+            steps = min(max(1, round(self.batch_ramp_tokens / len(self.batch_ramp) / per_step)), -(-left // per_step))
+            parts.append((steps, batch))
+            left = max(0, left - steps * per_step)
+        parts.append((-(-left // (self.seq_len * self.global_batch)), self.global_batch))
+        return tuple((steps, batch) for steps, batch in parts if steps)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the phase: its tokens, rounded up to whole steps."""
-        return -(-self.tokens // self.tokens_per_step)
+        return sum(steps for steps, _ in self.batches)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Target tokens of those steps."""
+        return sum(steps * batch for steps, batch in self.batches) * self.seq_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +314,7 @@ class Config:
     @property
     def sources(self) -> tuple[str, ...]:
         """All source names, in the order in which the phases first mention them."""
-        return tuple(dict.fromkeys(name for phase in self.phases for name in phase.mixture))
+        return tuple(dict.fromkeys(name for phase in self.phases for name in (*phase.mixture, *phase.mixture_end)))
 
     @property
     def total_steps(self) -> int:

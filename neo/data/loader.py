@@ -14,93 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo.config.schema import Config
-from neo.data import store, store_files
+from neo.data import store_files
 from neo.data.mixture import Mixture
-from neo.data.order import Order
+from neo.data.planning import create_order
 from neo.data.prefetch import Prefetch, prefetch
-from neo.data.synthetic import synthetic_source
+from neo.data.sources import open_sources, open_tokenizer, store_path
 from neo.data.validation import ValidationBatches, ValidationData
 from neo.data.windows import Window, assemble, split_rows
-from neo.errors import InputError, nearest
+from neo.errors import InputError
 
 if TYPE_CHECKING:
     import jax
-
-    from neo.data.tokenizer import Tokenizer
 
 __all__ = ["Prefetch", "TrainData", "ValidationBatches", "ValidationData", "create_order", "open_sources",
            "open_tokenizer", "place", "prefetch", "store_path"]
 
 STATE_VERSION = 1
 REMOTE_READERS = 32  # ours: an object store answers in some 50 ms, so the rows of a batch are asked for at once
-
-
-def store_path(config: Config) -> str:
-    """Where the run's token store is: a folder or a URL."""
-    return config.data.store or f"data/{config.name}"
-
-
-def open_sources(config: Config) -> dict[str, Any]:
-    """Every source with a positive weight in some phase, by name, in the order of `config.sources`.
-
-    Raises InputError, with the cure, for a source that is missing or damaged, whose tokenizer differs from the
-    others', whose vocabulary is larger than the model's, or that is shorter than a window of a phase using it.
-    """
-    names = [name for name in config.sources if any(phase.mixture.get(name, 0) > 0 for phase in config.phases)]
-    if config.data.synthetic:
-        sources: dict[str, Any] = {
-            name: synthetic_source(name, vocab_size=config.model.vocab_size, seed=config.data.seed) for name in names}
-    else:
-        sources = {name: _open(config, name) for name in names}
-    first = next(iter(sources), None)
-    for name, source in sources.items():
-        if source.vocab_size > config.model.vocab_size:
-            raise InputError(f"source {name!r} ({source.path}) has a vocabulary of {source.vocab_size}, more than "
-                             f"model.vocab_size={config.model.vocab_size}; set --config.model.vocab_size="
-                             f"{source.vocab_size} or more")
-        if source.tokenizer_sha256 != sources[first].tokenizer_sha256:
-            raise InputError(f"sources {first!r} and {name!r} were prepared with different tokenizers (sha256 "
-                             f"{sources[first].tokenizer_sha256[:12]} and {source.tokenizer_sha256[:12]}); prepare "
-                             f"{name!r} again with --tokenizer={store_files.join(store_path(config), 'tokenizer')}")
-    create_order(config, sources)
-    return sources
-
-
-def _open(config: Config, name: str) -> store.Source:
-    folder = store_path(config)
-    path = store_files.join(folder, name)
-    if store.read_manifest(path) is not None:
-        return store.open_source(path)
-    unfinished = ".work" in store_files.list_folders(path)
-    state = ("its preparation has not finished, start the same command again" if unfinished
-             else f"there is no token store{nearest(name, store.list_sources(folder))}")
-    raise InputError(f"source {name!r} at {path}: {state}; make it with `python -m neo.data.prepare INPUT... "
-                     f"--out={folder} --source={name}`, or train on random tokens with --config.data.synthetic=True")
-
-
-def open_tokenizer(config: Config, sources: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that stands in the store, None for synthetic data.
-
-    Raises InputError if it is missing or not the one that the sources were prepared with (sha256).
-    """
-    if config.data.synthetic:
-        return None
-    from neo.data.tokenizer import Tokenizer
-
-    path = store_files.join(store_path(config), "tokenizer")
-    tokenizer = Tokenizer.load(path)
-    for name, source in sources.items():
-        if source.tokenizer_sha256 != tokenizer.sha256:
-            raise InputError(f"{path}: this tokenizer (sha256 {tokenizer.sha256[:12]}) is not the one that source "
-                             f"{name!r} was prepared with ({source.tokenizer_sha256[:12]}); put that one back, or "
-                             "prepare the source again")
-    return tokenizer
-
-
-def create_order(config: Config, sources: Mapping[str, Any]) -> Order:
-    """The run's data order. InputError as `Order.create`."""
-    tokens = {name: source.split("train").num_tokens for name, source in sources.items()}
-    return Order.create(config.phases, config.sources, tokens, config.data.seed)
 
 
 class TrainData:

@@ -1,0 +1,92 @@
+"""The prepared sources of a config: where each lies, opened and checked against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from neo.config.schema import Config
+from neo.data import store, store_files
+from neo.data.planning import create_order
+from neo.data.synthetic import synthetic_source
+from neo.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from neo.data.tokenizer import Tokenizer
+
+
+def store_path(config: Config) -> str:
+    """Where the run's token store is: a folder or a URL."""
+    return config.data.store or f"data/{config.name}"
+
+
+def source_path(config: Config, name: str) -> str:
+    """Where one source lies: its entry in data.stores, else its folder in the store."""
+    return config.data.stores.get(name) or store_files.join(store_path(config), name)
+
+
+def open_sources(config: Config) -> dict[str, Any]:
+    """Every source with a positive weight in some phase, by name, in the order of `config.sources`.
+
+    Raises InputError, with the cure: all sources that are missing in one message; one that is damaged, whose tokenizer
+    differs from the others', whose vocabulary is larger than the model's, or that is shorter than a window of a phase
+    using it; a plan that reads a source more often than data.max_epochs.
+    """
+    names = [name for name in config.sources if any(
+        phase.mixture.get(name, 0) > 0 or phase.mixture_end.get(name, 0) > 0 for phase in config.phases)]
+    if config.data.synthetic:
+        sources: dict[str, Any] = {
+            name: synthetic_source(name, vocab_size=config.model.vocab_size, seed=config.data.seed) for name in names}
+    else:
+        _require_all(config, names)
+        sources = {name: store.open_source(source_path(config, name)) for name in names}
+    first = next(iter(sources), None)
+    for name, source in sources.items():
+        if source.vocab_size > config.model.vocab_size:
+            raise InputError(f"source {name!r} ({source.path}) has a vocabulary of {source.vocab_size}, more than "
+                             f"model.vocab_size={config.model.vocab_size}; set --config.model.vocab_size="
+                             f"{source.vocab_size} or more")
+        if source.tokenizer_sha256 != sources[first].tokenizer_sha256:
+            raise InputError(f"sources {first!r} and {name!r} were prepared with different tokenizers (sha256 "
+                             f"{sources[first].tokenizer_sha256[:12]} and {source.tokenizer_sha256[:12]}); prepare "
+                             f"{name!r} again with --tokenizer={store_files.join(store_path(config), 'tokenizer')}")
+    create_order(config, sources)
+    return sources
+
+
+def _require_all(config: Config, names: list[str]) -> None:
+    """InputError naming every source that has no finished store."""
+    missing = [name for name in names if store.read_manifest(source_path(config, name)) is None]
+    if not missing:
+        return
+    folder = store_path(config)
+    if len(missing) > 1:
+        where = ", ".join(f"{name!r} ({source_path(config, name)})" for name in missing)
+        raise InputError(f"{len(missing)} of {len(names)} sources have no finished token store: {where}; make each with "
+                         f"`python -m neo.data.prepare INPUT... --out={folder} --source=NAME`, say where they lie with "
+                         "--config.data.stores.NAME=FOLDER, or train on random tokens with --config.data.synthetic=True")
+    name, path = missing[0], source_path(config, missing[0])
+    unfinished = ".work" in store_files.list_folders(path)
+    state = ("its preparation has not finished, start the same command again" if unfinished
+             else f"there is no token store{nearest(name, store.list_sources(folder))}")
+    raise InputError(f"source {name!r} at {path}: {state}; make it with `python -m neo.data.prepare INPUT... "
+                     f"--out={folder} --source={name}`, or train on random tokens with --config.data.synthetic=True")
+
+
+def open_tokenizer(config: Config, sources: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that stands in the store, None for synthetic data.
+
+    Raises InputError if it is missing or not the one that the sources were prepared with (sha256).
+    """
+    if config.data.synthetic:
+        return None
+    from neo.data.tokenizer import Tokenizer
+
+    path = store_files.join(store_path(config), "tokenizer")
+    tokenizer = Tokenizer.load(path)
+    for name, source in sources.items():
+        if source.tokenizer_sha256 != tokenizer.sha256:
+            raise InputError(f"{path}: this tokenizer (sha256 {tokenizer.sha256[:12]}) is not the one that source "
+                             f"{name!r} was prepared with ({source.tokenizer_sha256[:12]}); put that one back, or "
+                             "prepare the source again")
+    return tokenizer
