@@ -27,6 +27,7 @@ def get_config():
         peak_lr=3e-4, final_lr=3e-5, warmup_tokens=2000 * STEP,                   # [X] code defaults; cosine to 10 % [S1]
         lr_shape="cosine",
         mixture=dict(slimpajama=0.4, dclm_baseline=0.4, the_stack_dedup=0.2))]    # sources [S1]; weights inferred
+    c.data.source_tokens = dict(slimpajama=627e9)                                     # [S1]; the others' sizes are not given
     c.optimizer.update(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)   # [S1]; clip [X]
     c.init.update(std=0.02)                                                          # [H-mox]
     c.checkpoint.update(every_steps=500, permanent_every_steps=5000)                 # ours

@@ -9,7 +9,7 @@ This configuration has not been trained with neo.
 
 Sources: [H-neo] config.json of m-a-p/neo_7b on Hugging Face; [N] multimodal-art-projection/Megatron-LM-NEO,
 neo/scripts/pretrain_7b.sh; [M] multimodal-art-projection/MAP-NEO; [AN] the MAP-NEO paper, arXiv:2405.19327, as quoted
-by third parties.
+by third parties; [H-mat] the card of m-a-p/Matrix on Hugging Face.
 
 Data: prepare one folder per source under data/neo_7b with the m-a-p/neo_7b tokenizer (64,000 SentencePiece pieces and
 5 added tokens, padded to 64,256 rows [N]). The weights are the shares of the whole Matrix corpus [AN]; the paper also
@@ -33,6 +33,8 @@ def get_config():
         peak_lr=2e-4, start_lr=2e-5, final_lr=2e-5, warmup_tokens=2000 * STEP,     # [AN]: 2e-5 -> 2e-4 over 2k steps
         lr_shape="cosine",                                                         # [N]
         mixture=dict(common_crawl=0.5255, code=0.2229, other=0.2516))]             # [AN]; other = the rest
+    # Matrix has 4690B tokens [H-mat]; its parts by the shares above (derived)
+    c.data.source_tokens = dict(common_crawl=2465e9, code=1045e9, other=1180e9)
     c.optimizer.update(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)   # [N]
     c.init.update(std=0.02, seed=42)                                                 # [H-neo], [N]
     c.checkpoint.update(every_steps=500, permanent_every_steps=2000)                 # ours; saves every 2000 [N]

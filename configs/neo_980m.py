@@ -6,7 +6,8 @@
 
 Sources: [N] multimodal-art-projection/Megatron-LM-NEO, neo/scripts; [H-sl] file listings of the
 m-a-p/neo_scalinglaw_* repositories on Hugging Face; [LL] iamtatsuki05/lenslapse, docs/model-card.md; [AN] the MAP-NEO
-paper, arXiv:2405.19327, as quoted by third parties; inferred: fits the published file sizes, not stated anywhere.
+paper, arXiv:2405.19327, as quoted by third parties; [H-mat] the card of m-a-p/Matrix on Hugging Face;
+inferred: fits the published file sizes, not stated anywhere.
 
 Data: as configs/neo_7b.py, under data/neo_980m; vocabulary padded to 64,128 rows (tensor parallel 1) [N].
 """
@@ -29,6 +30,8 @@ def get_config():
         peak_lr=2e-4, start_lr=2e-5, final_lr=2e-5, warmup_tokens=2000 * STEP, lr_shape="cosine",
         # as neo_7b (inferred)
         mixture=dict(common_crawl=0.5255, code=0.2229, other=0.2516))]
+    # Matrix has 4690B tokens [H-mat]; its parts by the shares above (derived)
+    c.data.source_tokens = dict(common_crawl=2465e9, code=1045e9, other=1180e9)
     c.optimizer.update(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)   # [N]
     c.init.update(std=0.02, seed=42)                                                 # [N]
     c.checkpoint.update(every_steps=500, permanent_every_steps=2000)                 # [H-sl]: iter_0002000, ...
