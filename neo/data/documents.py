@@ -16,24 +16,13 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from neo.data.inputs import InputFile
+from neo.data.records import LARGEST_DOCUMENT, Document, ReadOptions, Tally, cleaned, decoded, from_record
 from neo.errors import InputError, nearest
 from neo.extras import need
-
-LARGEST_DOCUMENT = 1 << 30  # ours: bytes of one document; larger ones would not fit into memory as tokens
-BAD_TEXT = ("replace", "skip")
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOptions:
-    """What a document is made of: fields of a record, and what to do with text that is not valid UTF-8."""
-
-    text_field: str = "text"
-    id_field: str = ""
-    on_bad_text: str = "replace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,37 +39,8 @@ class Part:
     size: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One document. (file, row) is its place in the input, the same however the input is cut."""
-
-    id: str
-    text: str
-    file: int
-    row: int
-
-
 class Unreadable(Exception):
     """An input that cannot be read to its end; nothing of it is used."""
-
-
-@dataclasses.dataclass
-class Tally:
-    """What was skipped or repaired: kind -> reason -> (count, first place), the place being (file, row, where)."""
-
-    counts: dict[str, dict[str, list]] = dataclasses.field(default_factory=lambda: {"skipped": {}, "repaired": {}})
-
-    def add(self, kind: str, reason: str, place: Sequence[Any], count: int = 1) -> None:
-        """Count one document, or `count` of them."""
-        entry = self.counts[kind].setdefault(reason, [0, list(place)])
-        entry[0] += count
-        entry[1] = min(entry[1], list(place))
-
-    def merge(self, other: Mapping[str, Mapping[str, Sequence]]) -> None:
-        """Add the counts of another tally; the first place is that of the input, not of the merging order."""
-        for kind, reasons in other.items():
-            for reason, (count, place) in reasons.items():
-                self.add(kind, reason, place, count)
 
 
 def read_part(file: InputFile, part: Part, options: ReadOptions, tally: Tally) -> Iterator[Document]:
@@ -153,43 +113,20 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-def _clean(text: str, place: Sequence[Any], options: ReadOptions, tally: Tally) -> str | None:
-    """`text` without lone surrogates, or None where it is skipped."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        if options.on_bad_text == "skip":
-            return tally.add("skipped", "bad UTF-8", place)
-        tally.add("repaired", "bad UTF-8 replaced", place)
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if not text.strip():
-        return tally.add("skipped", "empty", place)
-    if len(text) > LARGEST_DOCUMENT:
-        return tally.add("skipped", "larger than 1 GiB", place)
-    return text
-
-
 def _read_txt(file: InputFile, part: Part, options: ReadOptions, tally: Tally) -> Iterator[Document]:
     place = (part.file, 0, file.name)
+    if options.tokens_field:
+        tally.add("skipped", f"text without a field {options.tokens_field!r}", place)
+        return
     with _open(file) as stream:
         raw = stream.read(LARGEST_DOCUMENT + 1)
     if len(raw) > LARGEST_DOCUMENT:
         tally.add("skipped", "larger than 1 GiB", place)
         return
     raw = raw.removeprefix(codecs.BOM_UTF8)
-    text = _decode(raw, place, options, tally)
-    if text is not None and (text := _clean(text, place, options, tally)) is not None:
+    text = decoded(raw, place, options, tally)
+    if text is not None and (text := cleaned(text, place, options, tally)) is not None:
         yield Document(file.name, text, part.file, 0)
-
-
-def _decode(raw: bytes, place: Sequence[Any], options: ReadOptions, tally: Tally) -> str | None:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        if options.on_bad_text == "skip":
-            return tally.add("skipped", "bad UTF-8", place)
-        tally.add("repaired", "bad UTF-8 replaced", place)
-        return raw.decode("utf-8", "replace")
 
 
 def _lines(file: InputFile, part: Part) -> Iterator[bytes]:
@@ -212,7 +149,7 @@ def _read_jsonl(file: InputFile, part: Part, options: ReadOptions, tally: Tally)
         if not line.strip():
             continue
         place = (part.file, row, f"{file.name}:{row}")
-        text = _decode(line, place, options, tally)
+        text = decoded(line, place, options, tally)
         if text is None:
             continue
         try:
@@ -223,34 +160,9 @@ def _read_jsonl(file: InputFile, part: Part, options: ReadOptions, tally: Tally)
         if not isinstance(record, dict):
             tally.add("skipped", "not a JSON object", place)
             continue
-        document = _from_record(file, part.file, row, record, options, tally)
+        document = from_record(file, part.file, row, record, options, tally)
         if document is not None:
             yield document
-
-
-def _from_record(file: InputFile, number: int, row: int, record: Mapping[str, Any], options: ReadOptions,
-                 tally: Tally) -> Document | None:
-    place = (number, row, f"{file.name}:{row}")
-    text = record.get(options.text_field)
-    if text is None:
-        known = [str(key) for key in record]
-        hint = nearest(options.text_field, known) or f" (fields: {', '.join(known[:8])})"
-        return tally.add("skipped", f"no field {options.text_field!r}", (*place[:2], place[2] + hint))
-    if not isinstance(text, str):
-        return tally.add("skipped", f"field {options.text_field!r} is not text", place)
-    text = _clean(text, place, options, tally)
-    if text is None:
-        return None
-    document_id = f"{file.name}:{row}"
-    if options.id_field:
-        value = record.get(options.id_field)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if isinstance(value, str) and value:
-            document_id = value.encode("utf-8", "replace").decode("utf-8")
-        else:
-            tally.add("repaired", f"no id in field {options.id_field!r}, file and row used", place)
-    return Document(document_id, text, number, row)
 
 
 def _read_parquet(file: InputFile, part: Part, options: ReadOptions, tally: Tally) -> Iterator[Document]:
@@ -259,37 +171,52 @@ def _read_parquet(file: InputFile, part: Part, options: ReadOptions, tally: Tall
     with pyarrow.parquet.ParquetFile(file.path) as table:
         names = table.schema_arrow.names
         groups = list(range(part.start, part.stop))
-        if options.text_field not in names:
+        if options.content_field not in names:
             rows = sum(table.metadata.row_group(group).num_rows for group in groups)
             return _no_column(file, part, options, tally, names, rows)
-        columns = [name for name in (options.text_field, options.id_field) if name in names]
+        columns = [name for name in options.columns if name in names]
         row = part.first_row
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=columns):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 row += 1
-                document = _from_record(file, part.file, row, record, options, tally)
+                document = from_record(file, part.file, row, record, options, tally)
                 if document is not None:
                     yield document
 
 
+def _records(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow batch; lists (of token ids) as arrays: as Python numbers they take 30 times as long."""
+    import pyarrow.types
+
+    columns = []
+    for column in batch.columns:
+        kind = column.type
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+            columns.append([value.values.to_numpy(zero_copy_only=False) if value.is_valid else None for value in column])
+        else:
+            columns.append(column.to_pylist())
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
 def _no_column(file: InputFile, part: Part, options: ReadOptions, tally: Tally, names: Sequence[str],
                rows: int) -> None:
-    hint = nearest(options.text_field, names) or f" (columns: {', '.join(names[:8])})"
+    hint = nearest(options.content_field, names) or f" (columns: {', '.join(names[:8])})"
     row = part.first_row + 1
-    tally.add("skipped", f"no field {options.text_field!r}", (part.file, row, f"{file.name}:{row}{hint}"), rows)
+    tally.add("skipped", f"no field {options.content_field!r}", (part.file, row, f"{file.name}:{row}{hint}"), rows)
 
 
 def _read_hf(file: InputFile, part: Part, options: ReadOptions, tally: Tally) -> Iterator[Document]:
     dataset = hf_dataset(file.path)
-    if options.text_field not in dataset.column_names:
+    if options.content_field not in dataset.column_names:
         return _no_column(file, part, options, tally, dataset.column_names, part.stop - part.start)
-    dataset = dataset.select_columns([n for n in (options.text_field, options.id_field) if n in dataset.column_names])
+    dataset = dataset.select_columns([name for name in options.columns if name in dataset.column_names])
     for start in range(part.start, part.stop, 256):
         columns = dataset[start:min(start + 256, part.stop)]
         names = list(columns)
         for offset, values in enumerate(zip(*columns.values(), strict=True)):
             record = dict(zip(names, values, strict=True))
-            document = _from_record(file, part.file, start + offset + 1, record, options, tally)
+            document = from_record(file, part.file, start + offset + 1, record, options, tally)
             if document is not None:
                 yield document
 

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from neo.data import held_out, shuffle, spill, store, store_writer
-from neo.data.documents import BAD_TEXT, Part, ReadOptions, Tally, Unreadable, count_lines, group_parts, split_file
+from neo.data.documents import Part, Unreadable, count_lines, group_parts, split_file
 from neo.data.inputs import Inputs, find_inputs
 from neo.data.progress import Progress, say
+from neo.data.records import BAD_TEXT, ReadOptions, Tally
 from neo.data.tokenizer import JSON_FILE, MODEL_FILE, AnyTokenizer, Tokenizer
 from neo.data.workers import Workers
 from neo.errors import InputError, StoppedForPerson
@@ -61,7 +62,7 @@ class Request:
     @property
     def arguments(self) -> dict[str, Any]:
         """What decides the content, besides the inputs: an existing output must have the same."""
-        return {**dataclasses.asdict(self.options), "validation": self.validation, "seed": self.seed,
+        return {**self.options.arguments(), "validation": self.validation, "seed": self.seed,
                 "layout": self.layout, "tokenizer_sha256": self.tokenizer.sha256, "bucket_bytes": self.bucket_bytes}
 
     def check(self) -> None:
@@ -280,11 +281,17 @@ def _existing(request: Request, inputs: Inputs) -> dict[str, Any] | None:
 
 def _difference(wanted: dict[str, Any], found: Any) -> str:
     """The first argument that differs, in words; empty where none does."""
-    for name, value in wanted.items():
-        other = found.get(name) if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    # What a later version of neo added is absent where it is not used: absent and present differ, too.
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        value, other = wanted.get(name), found.get(name)
         if other != value:
-            return f"{name}: {other!r} there, {value!r} now"
+            return f"{name}: {_shown(other)} there, {_shown(value)} now"
     return ""
+
+
+def _shown(value: Any) -> str:
+    return "not used" if value is None else repr(value)
 
 
 def _changed_inputs(folder: str, inputs: Inputs, found: dict[str, Any]) -> str:

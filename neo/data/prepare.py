@@ -24,6 +24,10 @@ COMMAND = Command(
                  default="", shown="OUT/tokenizer"),
         Argument("text_field", "field or column with the text", default="text"),
         Argument("id_field", "field or column with the document's id", default="", shown="path and row"),
+        Argument("tokens_field", "field with a list of token ids: records that are tokenized already, in place of text",
+                 default=""),
+        Argument("bytes_field", "with --tokens_field: field with the UTF-8 size of the text", default="",
+                 shown="worked out from the tokens"),
         Argument("validation", "share of the documents held out, chosen by a hash of their ids", default=0.001,
                  type=float),
         Argument("seed", "seed of the shuffle", default=0, type=int),
@@ -48,7 +52,7 @@ def run(args: Namespace) -> None:
     """Prepare one source (or the demo), then print a table, the config lines and the next command."""
     # Imports below: --help answers without them.
     from neo.data import preparation
-    from neo.data.documents import ReadOptions
+    from neo.data.records import ReadOptions
     from neo.data.tokenizer import Tokenizer
 
     if args.demo:
@@ -68,7 +72,8 @@ def run(args: Namespace) -> None:
     tokenizer = Tokenizer.load(args.tokenizer or _own_tokenizer(args.out))
     request = preparation.Request(
         inputs=args.input, store=args.out, source=args.source, tokenizer=tokenizer,
-        options=ReadOptions(args.text_field, args.id_field, args.on_bad_text), validation=args.validation,
+        options=ReadOptions(args.text_field, args.id_field, args.on_bad_text, args.tokens_field, args.bytes_field),
+        validation=args.validation,
         seed=args.seed, workers=args.workers, layout=args.layout, overwrite=args.overwrite)
     manifest, there = preparation.prepare(request)
     finish(args.out, [(manifest, there)])

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from neo.data import held_out, spill
-from neo.data.documents import Document, Part, ReadOptions, Tally, Unreadable, read_part
+from neo.data.documents import Part, Unreadable, read_part
 from neo.data.inputs import InputFile
+from neo.data.records import Document, ReadOptions, Tally
 from neo.data.store import dtype_for
 from neo.data.store_writer import ShardWriter, write_json
 from neo.data.tokenizer import AnyTokenizer
@@ -43,7 +44,7 @@ class Settings:
     @property
     def key(self) -> str:
         """Digest of everything that a piece's file depends on besides the piece."""
-        facts = [dataclasses.asdict(self.options), self.tokenizer.sha256, self.seed, self.num_buckets]
+        facts = [self.options.arguments(), self.tokenizer.sha256, self.seed, self.num_buckets]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -77,7 +78,9 @@ def tokenize_piece(settings: Settings, piece: Piece) -> str:
             writer.mark()
         try:
             for document in read_part(file, part, settings.options, tally):
-                writer.add(_record(settings, document, mine))
+                record = _record(settings, document, mine, (part.file, document.row, f"{file.name}:{document.row}"), tally)
+                if record is not None:
+                    writer.add(record)
         except Unreadable as error:
             if file.kind != "txt":
                 writer.roll_back()
@@ -89,9 +92,23 @@ def tokenize_piece(settings: Settings, piece: Piece) -> str:
     return path
 
 
-def _record(settings: Settings, document: Document, facts: PieceFacts) -> spill.Record:
-    tokens = settings.tokenizer.encode_document(document.text, settings.dtype)
-    num_bytes = len(document.text.encode("utf-8"))
+def _record(settings: Settings, document: Document, facts: PieceFacts, place: tuple[int, int, str],
+            tally: Tally) -> spill.Record | None:
+    tokenizer = settings.tokenizer
+    if document.tokens is None:
+        tokens = tokenizer.encode_document(document.text, settings.dtype)
+        num_bytes = len(document.text.encode("utf-8"))
+    else:
+        ids = document.tokens
+        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+        if len(wrong):
+            return tally.add("skipped", f"token id outside 0 .. {tokenizer.vocab_size - 1}",
+                             (*place[:2], f"{place[2]}, id {wrong[0]}"))
+        ended = ids[-1] == tokenizer.eod_id
+        if ended and len(ids) == 1:
+            return tally.add("skipped", "empty", place)
+        tokens = np.append(ids, [] if ended else tokenizer.eod_id).astype(settings.dtype)
+        num_bytes = int(tokenizer.token_bytes[tokens].sum()) if document.num_bytes < 0 else document.num_bytes
     facts.add(held_out.position(document.id), num_bytes)
     return spill.Record(held_out.shuffle_key(settings.seed, document.id), document.file, document.row, document.id,
                         tokens, num_bytes)
