@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,15 @@ from neo.data import store_files
 from neo.errors import InputError
 
 FORMAT = "neo.token_store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LAYOUTS = ("flat", "array_record")
 SPLITS = ("train", "validation")
+PACKINGS = ("best_fit",)
 DOCUMENTS_MAGIC = b"NEODOCS1"
 DOCUMENTS_HEADER = 16  # bytes: magic, then the number of documents as uint64
+PROMPT_MAX = (1 << 31) - 1  # tokens: the low bits of an extra
+JOINED = np.uint32(1 << 31)  # its highest bit
 OPEN_SHARDS = 128  # ours: well below the usual limit of 1024 open files
 
 
@@ -37,21 +40,43 @@ def dtype_for(vocab_size: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One pair of files: tokens and document index. Offsets and sizes are in bytes, counts in tokens and documents."""
+    """The files of one shard: tokens, document index and, where used, extras.
+
+    Offsets and `sizes` are in bytes, counts in tokens and documents; `sizes` and `sha256` are in the order of `files`.
+    """
 
     tokens: str
     documents: str
     num_tokens: int
     num_documents: int
-    sizes: tuple[int, int]
-    sha256: tuple[str, str]
+    sizes: tuple[int, ...]
+    sha256: tuple[str, ...]
+    extras: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the shard's two or three files."""
+        return (self.tokens, self.documents) + ((self.extras,) if self.extras else ())
+
+
+class Extras(NamedTuple):
+    """What is known of some documents in order: int64 [n] first position of each in the split, int64 [n] how many
+    leading tokens are left out of the loss (at most its length), bool [n] whether it may see the document before it."""
+
+    begins: np.ndarray
+    prompts: np.ndarray
+    joined: np.ndarray
+
+
+def _bytes(path: str, size: int) -> Any:
+    return (store_files.RemoteBytes if store_files.is_url(path) else store_files.LocalBytes)(path, size)
 
 
 class DocumentIndex:
     """Ends and ids of a shard's documents: magic, n, uint64 ends[n], uint64 id_ends[n], ids as UTF-8."""
 
     def __init__(self, path: str, size: int, num_documents: int):
-        self._bytes = (store_files.RemoteBytes if store_files.is_url(path) else store_files.LocalBytes)(path, size)
+        self._bytes = _bytes(path, size)
         self.num_documents = num_documents
         head = self._bytes.read(0, DOCUMENTS_HEADER).tobytes()
         if head[:8] != DOCUMENTS_MAGIC or int.from_bytes(head[8:], "little") != num_documents:
@@ -84,12 +109,15 @@ class DocumentIndex:
 class Split:
     """All tokens of one split of a source, addressed by position 0 .. num_tokens.
 
+    In a packed split (`packed`) pieces of documents and padding count as documents, and padding has the empty id.
     Safe to use from several threads, and picklable: a copy opens its own files.
     """
 
-    def __init__(self, path: str, name: str, dtype: str, layout: str, shards: tuple[Shard, ...], num_bytes: int):
+    def __init__(self, path: str, name: str, dtype: str, layout: str, shards: tuple[Shard, ...], num_bytes: int,
+                 packed: bool = False):
         self.path, self.name, self.dtype, self.layout, self.shards = path, name, dtype, layout, shards
-        self.num_bytes = num_bytes
+        self.num_bytes, self.packed = num_bytes, packed
+        self.has_extras = any(shard.extras for shard in shards)
         self._token_starts = [0, *itertools.accumulate(shard.num_tokens for shard in shards)]
         self._document_starts = [0, *itertools.accumulate(shard.num_documents for shard in shards)]
         self.num_tokens: int = self._token_starts[-1]
@@ -98,13 +126,13 @@ class Split:
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return (Split, (self.path, self.name, self.dtype, self.layout, self.shards, self.num_bytes))
+        return (Split, (self.path, self.name, self.dtype, self.layout, self.shards, self.num_bytes, self.packed))
 
     def __repr__(self) -> str:
         return f"Split({self.path!r}, {self.name!r}, {self.num_tokens} tokens, {self.num_documents} documents)"
 
     def _file(self, kind: str, number: int) -> Any:
-        """The open token or index file of a shard, from a bounded cache."""
+        """The open token, index or extras file of a shard, from a bounded cache."""
         key = (kind, number)
         with self._lock:
             if key in self._open:
@@ -114,6 +142,8 @@ class Split:
             if kind == "documents":
                 path = store_files.join(self.path, shard.documents)
                 opened: Any = DocumentIndex(path, shard.sizes[1], shard.num_documents)
+            elif kind == "extras":
+                opened = _bytes(store_files.join(self.path, shard.extras), shard.sizes[2])
             else:
                 reader = store_files.FlatTokens if self.layout == "flat" else store_files.ArrayRecordTokens
                 opened = reader(store_files.join(self.path, shard.tokens), shard.sizes[0], self.dtype)
@@ -162,13 +192,27 @@ class Split:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def document_ids(self, start: int, stop: int) -> list[str]:
-        """Ids of the documents that have a token in [start, stop), in order."""
+        """Ids of the documents that have a token in [start, stop), in order; a packed document once per piece."""
         self._check(start, stop)
         ids: list[str] = []
         for number, a, b in self._parts(start, stop):
             index = self._file("documents", number)
             ids += index.ids(index.find(a, "right"), index.find(b - 1, "right") + 1)
-        return ids
+        return [name for name in ids if name] if self.packed else ids
+
+    def extras(self, start: int, stop: int) -> Extras:
+        """Beginnings, prompts and groups of the documents that have a token in [start, stop), in order."""
+        self._check(start, stop)
+        begins, words = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
+        for number, a, b in self._parts(start, stop):
+            index = self._file("documents", number)
+            first, last = index.find(a, "right"), index.find(b - 1, "right") + 1
+            ends = index.ends(max(first - 1, 0), last - 1)
+            begins.append((ends if first else np.concatenate([[0], ends])) + self._token_starts[number])
+            words.append(self._file("extras", number).read(4 * first, 4 * last).view("<u4")
+                         if self.shards[number].extras else np.zeros(last - first, np.uint32))
+        extras = np.concatenate(words)
+        return Extras(np.concatenate(begins), (extras & ~JOINED).astype(np.int64), (extras & JOINED) != 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +228,12 @@ class Source:
     layout: str
     prepare: Mapping[str, Any]
     splits: Mapping[str, Split]
+    packing: Mapping[str, Any] | None = None
+
+    @property
+    def alignment(self) -> int:
+        """Where training windows begin: at any position (1), or at multiples of the length T it was packed for."""
+        return self.packing["seq_len"] if self.packing else 1
 
     def split(self, name: str) -> Split:
         """The split called `name`, train or validation. Raises InputError for another name."""
@@ -230,7 +280,7 @@ def open_source(path: str) -> Source:
     sizes = store_files.list_sizes(path) or {}
     for split in source.splits.values():
         for shard in split.shards:
-            for name, size in zip((shard.tokens, shard.documents), shard.sizes, strict=True):
+            for name, size in zip(shard.files, shard.sizes, strict=True):
                 if name not in sizes:
                     raise InputError(f"{store_files.join(path, name)}: shard file is missing; "
                                      "prepare the source again or copy it again")
@@ -245,7 +295,7 @@ def verify(source: Source) -> None:
     """Read every file of `source` and compare its SHA-256 with the manifest; InputError names the first difference."""
     for split in source.splits.values():
         for shard in split.shards:
-            for name, expected in zip((shard.tokens, shard.documents), shard.sha256, strict=True):
+            for name, expected in zip(shard.files, shard.sha256, strict=True):
                 digest = hashlib.sha256()
                 for piece in store_files.iterate_bytes(store_files.join(source.path, name)):
                     digest.update(piece)
@@ -280,31 +330,46 @@ def _parse(path: str, manifest: dict[str, Any]) -> Source:
         raise ValueError(f"dtype {dtype!r}, layout {layout!r}")
     if not eod_id < vocab_size <= np.iinfo(dtype).max + 1:
         raise ValueError(f"vocab_size {vocab_size} with dtype {dtype} and eod_id {eod_id}")
+    packing = manifest.get("packing")
+    if packing is not None and (packing["kind"] not in PACKINGS or _count(packing["seq_len"]) < 1):
+        raise ValueError(f"packing {packing!r}")
     splits = {}
     for name in SPLITS:
         entry = manifest["splits"][name]
         shards = tuple(_shard(shard, dtype, layout) for shard in entry["shards"])
-        splits[name] = Split(path, name, dtype, layout, shards, _count(entry["bytes"]))
+        packed = packing is not None and name == "train"
+        if packed:
+            _check_packing([shard.num_tokens for shard in shards], packing["seq_len"])
+        splits[name] = Split(path, name, dtype, layout, shards, _count(entry["bytes"]), packed)
         totals = (splits[name].num_tokens, splits[name].num_documents)
         if totals != (entry["tokens"], entry["documents"]):
             raise ValueError(f"shards of {name} have {totals} tokens and documents, their sum is given as "
                              f"{(entry['tokens'], entry['documents'])}")
     return Source(path, str(manifest["source"]), dtype, vocab_size, eod_id, str(manifest["tokenizer_sha256"]), layout,
-                  manifest.get("prepare", {}), splits)
+                  manifest.get("prepare", {}), splits, packing)
+
+
+def _check_packing(tokens: list[int], seq_len: int) -> None:
+    """Whole bins in every shard, so that bins stay aligned; one token more at the end, the last window's last target."""
+    if tokens and (any(count % seq_len for count in tokens[:-1]) or sum(tokens) % seq_len != 1 % seq_len):
+        raise ValueError(f"shards of {tokens} tokens in a store packed for seq_len {seq_len}")
 
 
 def _shard(entry: dict[str, Any], dtype: str, layout: str) -> Shard:
-    names = (entry["tokens"], entry["documents"])
+    extras = entry.get("extras")
+    names = (entry["tokens"], entry["documents"]) + (() if extras is None else (extras,))
     for name in names:
         if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
             raise ValueError(f"shard file name {name!r}")  # a manifest must not point outside its folder
-    shard = Shard(*names, _count(entry["num_tokens"]), _count(entry["num_documents"]),
+    shard = Shard(*names[:2], _count(entry["num_tokens"]), _count(entry["num_documents"]),
                   tuple(_count(entry["size"][name]) for name in names),
-                  tuple(str(entry["sha256"][name]) for name in names))
+                  tuple(str(entry["sha256"][name]) for name in names), extras)
     if layout == "flat" and shard.sizes[0] != shard.num_tokens * np.dtype(dtype).itemsize:
         raise ValueError(f"{shard.tokens}: {shard.num_tokens} {dtype} tokens cannot be {shard.sizes[0]} bytes")
     if shard.sizes[1] < DOCUMENTS_HEADER + 16 * shard.num_documents:
         raise ValueError(f"{shard.documents}: {shard.num_documents} documents cannot be {shard.sizes[1]} bytes")
+    if extras is not None and shard.sizes[2] != 4 * shard.num_documents:
+        raise ValueError(f"{extras}: {shard.num_documents} documents cannot be {shard.sizes[2]} bytes")
     return shard
 
 

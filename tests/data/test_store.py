@@ -160,7 +160,7 @@ def test_bad_stores_are_refused_in_one_line(tmp_path):
     first = "train-00000-of-00002.tokens"
     assert "truncated" in broken("a", lambda f: os.truncate(f / first, 3))
     assert "missing" in broken("b", lambda f: os.remove(f / first))
-    assert "version 2" in broken("c", lambda f: edit_manifest(f, lambda m: m.update(version=2)))
+    assert "version 3" in broken("c", lambda f: edit_manifest(f, lambda m: m.update(version=3)))
     assert "not a token store" in broken("d", lambda f: edit_manifest(f, lambda m: m.update(format="other")))
     assert "not JSON" in broken("e", lambda f: os.truncate(f / "manifest.json", 100))
     assert "damaged" in broken("f", lambda f: edit_manifest(f, lambda m: m.pop("dtype")))
