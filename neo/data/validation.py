@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from neo.config.schema import Config
-from neo.data.windows import Window, assemble
+from neo.data.windows import Window, assemble, read_window
 
 
 class ValidationBatches:
@@ -20,7 +20,8 @@ class ValidationBatches:
 
     is exact when the whole split is covered. Otherwise `num_bytes` (UTF-8) is that of the split times the share of
     its tokens that are scored (num_scored / all tokens): exact on average, as documents stand in random order.
-    With data.mask_end_of_document the first token of each document is not scored, and `num_bytes` leaves out its share.
+    Prompts are not scored, nor the first token of each document with data.mask_end_of_document, and `num_bytes` leaves
+    out their share. data.mask_repetition is for training only: what is scored would depend on what the text repeats.
     """
 
     def __init__(self, split: Any, source: int, eod_id: int, seq_len: int, batch_size: int, max_tokens: int,
@@ -31,10 +32,7 @@ class ValidationBatches:
                        "mask_end_of_document": mask_end_of_document}
         total = split.num_tokens
         self.num_targets = min(total, max_tokens) if max_tokens > 0 else total
-        unscored = 0
-        if mask_end_of_document and self.num_targets:
-            unscored = 1 + len(split.document_ends(0, self.num_targets))
-        self.num_scored = self.num_targets - unscored
+        self.num_scored = self.num_targets - _unscored(split, self.num_targets, mask_end_of_document)
         self.num_bytes = split.num_bytes * (self.num_scored / total) if total else 0.0
 
     def __len__(self) -> int:
@@ -61,13 +59,26 @@ class ValidationBatches:
         tokens = np.full(self._seq_len + 1, self._eod_id, np.int32)
         if stop <= max(start, 0):
             return Window(tokens, np.zeros(0, np.int64), self._source)
-        if start >= 0:
-            tokens[:stop - start] = self._split.tokens(start, stop)
-            ends = self._split.document_ends(start, stop) - start
-        else:
-            tokens[1:1 + stop] = self._split.tokens(0, stop)
-            ends = np.concatenate([[1], self._split.document_ends(0, stop) + 1])
-        return Window(tokens, ends, self._source)
+        read = read_window(self._split, max(start, 0), stop - max(start, 0) - 1, self._source)
+        front = int(start < 0)
+        tokens[front:front + len(read.tokens)] = read.tokens
+        read = read._replace(tokens=tokens)
+        if not front:
+            return read
+        first = np.ones(1, np.int64)  # a document begins after the token in front
+        return read._replace(ends=np.concatenate([first, read.ends + 1]),
+                             borders=None if read.borders is None else np.concatenate([first, read.borders + 1]),
+                             masked=None if read.masked is None else read.masked + 1)
+
+
+def _unscored(split: Any, num_targets: int, mask_end_of_document: bool) -> int:
+    """How many of the first `num_targets` tokens of a split carry no loss."""
+    if not num_targets:
+        return 0
+    if not getattr(split, "has_extras", False):
+        return 1 + len(split.document_ends(0, num_targets)) if mask_end_of_document else 0
+    begins, prompts, _ = split.extras(0, num_targets)
+    return int(np.minimum(np.maximum(prompts, int(mask_end_of_document)), num_targets - begins).sum())
 
 
 class ValidationData:

@@ -14,7 +14,7 @@ import pytest
 from neo.data import store, store_files, store_writer
 from neo.errors import InputError
 
-FIXTURE = os.path.join(os.path.dirname(__file__), "fixtures", "store_v1", "tiny")
+FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 EOD = 2
 
 
@@ -95,7 +95,7 @@ def test_a_split_pickles_without_its_files(tmp_path):
 @pytest.mark.parametrize("layout", store.LAYOUTS)
 def test_urls_are_read_by_range(tmp_path, layout, monkeypatch):
     monkeypatch.setattr(store_files, "BLOCK_BYTES", 16)
-    documents = some_documents([50, 0, 20, 31])
+    documents = [(name, body, 3 * (name[-1] == "2"), name[-1] == "3") for name, body in some_documents([50, 0, 20, 31])]
     local = make(tmp_path / "x", documents, layout=layout)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "x"), f"/{layout}-test/tiny", recursive=True)
@@ -106,6 +106,8 @@ def test_urls_are_read_by_range(tmp_path, layout, monkeypatch):
         assert a.tokens(start, stop).tolist() == b.tokens(start, stop).tolist()
         assert a.document_ends(start, stop).tolist() == b.document_ends(start, stop).tolist()
         assert a.document_ids(start, stop) == b.document_ids(start, stop)
+        assert all(x.tolist() == y.tolist() for x, y in zip(a.extras(start, stop), b.extras(start, stop), strict=True))
+    assert b.extras(50, 72).prompts.tolist() == [0, 0, 3]
     store.verify(remote)
 
 
@@ -184,7 +186,7 @@ def test_a_foreign_document_index_is_refused(tmp_path):
 
 
 def test_version_1_stays_readable():
-    source = store.open_source(FIXTURE)
+    source = store.open_source(os.path.join(FIXTURES, "store_v1", "tiny"))
     store.verify(source)
     train, validation = source.split("train"), source.split("validation")
     assert (source.name, source.dtype, source.vocab_size, source.eod_id) == ("tiny", "uint16", 300, 2)
@@ -193,3 +195,73 @@ def test_version_1_stays_readable():
     assert train.document_ends(0, 13).tolist() == [4, 7]
     assert train.document_ids(4, 8) == ["b/zwei", "c/三"]
     assert validation.tokens(0, 2).tolist() == [30, 2]
+    assert not train.has_extras and source.packing is None and source.alignment == 1
+    begins, prompts, joined = train.extras(4, 8)
+    assert (begins.tolist(), prompts.tolist(), joined.tolist()) == ([4, 7], [0, 0], [False, False])
+
+
+def test_version_2_stays_readable():
+    source = store.open_source(os.path.join(FIXTURES, "store_v2", "tiny"))
+    store.verify(source)
+    train, validation = source.split("train"), source.split("validation")
+    assert source.packing == {"kind": "best_fit", "seq_len": 8} and source.alignment == 8
+    assert train.tokens(0, 33).tolist() == [10, 11, 12, 2, 2, 2, 2, 2, 20, 21, 2, 22, 23, 24, 2, 2,
+                                            299, 298, 297, 296, 295, 294, 293, 292, 291, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert train.document_ids(0, 33) == ["a/eins", "b/zwei", "b/zwei#2", "c/三"]
+    begins, prompts, joined = train.extras(0, 33)
+    assert begins.tolist() == [0, 4, 8, 11, 15, 16, 26, 32] and prompts.tolist() == [1, 4, 2, 0, 1, 1, 6, 1]
+    assert np.flatnonzero(joined).tolist() == [3]
+    assert validation.extras(0, 3).prompts.tolist() == [1] and not validation.packed
+
+
+@hypothesis.given(shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=12),
+                  shard_documents=st.integers(1, 5), a=st.integers(0, 120), b=st.integers(0, 120))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_extras_of_any_range(tmp_path_factory, shapes, shard_documents, a, b):
+    folder = tmp_path_factory.mktemp("s")
+    documents = [(f"d{i}", [5] * n, min(prompt, n + 1), joined) for i, (n, prompt, joined) in enumerate(shapes)]
+    split = make(folder, documents, shard_documents=shard_documents).split("train")
+    used = any(prompt or joined for _, _, prompt, joined in documents)
+    assert split.has_extras == used and (folder / "manifest.json").read_text().count('"version": 2') == used
+    ends = np.cumsum([n + 1 for n, _, _ in shapes])
+    start, stop = sorted((a % (ends[-1] + 1), b % (ends[-1] + 1)))
+    expected = [(int(end - n - 1), prompt, joined) for (n, _, _), (_, _, prompt, joined), end
+                in zip(shapes, documents, ends, strict=True) if end > start and end - n - 1 < stop and start < stop]
+    begins, prompts, joined = split.extras(start, stop)
+    assert list(zip(begins.tolist(), prompts.tolist(), joined.tolist(), strict=True)) == expected
+    assert (begins.dtype, prompts.dtype, joined.dtype) == (np.int64, np.int64, np.bool_)
+
+
+def test_a_prompt_longer_than_its_document_is_refused(tmp_path):
+    for prompt in (-1, 4):
+        with pytest.raises(ValueError, match="document 'a' of 3 tokens cannot have a prompt of"):
+            make(tmp_path, [("a", [5, 6], prompt)])
+
+
+def test_damaged_extras_are_refused(tmp_path):
+    def made(name, change):
+        documents = [("a", [5, 6], 2), ("b", [7])]
+        make(tmp_path / name, documents)
+        file = "train-00000-of-00001.extras"
+        assert (tmp_path / name / file).read_bytes() == bytes([2, 0, 0, 0, 0, 0, 0, 0])
+        change(tmp_path / name, tmp_path / name / file)
+        with pytest.raises(InputError, match=file if name != "d" else "damaged") as caught:
+            store.verify(store.open_source(str(tmp_path / name)))
+        return str(caught.value)
+
+    def shard(manifest):
+        return manifest["splits"]["train"]["shards"][0]
+
+    assert "missing" in made("a", lambda folder, file: file.unlink())
+    assert "truncated" in made("b", lambda folder, file: os.truncate(file, 4))
+    assert "content differs" in made("c", lambda folder, file: file.write_bytes(bytes(8)))
+    made("d", lambda folder, file: edit_manifest(folder, lambda m: shard(m)["size"].update({file.name: 4})))
+    assert "damaged" in made("e", lambda folder, file: edit_manifest(
+        folder, lambda m: shard(m).update(extras="../" + file.name)))
+
+
+def test_a_packed_store_says_how(tmp_path):
+    make(tmp_path / "x", [("a", [5, 6])])
+    edit_manifest(tmp_path / "x", lambda m: m.update(packing={"kind": "other", "seq_len": 3}))
+    with pytest.raises(InputError, match="packing"):
+        store.open_source(str(tmp_path / "x"))

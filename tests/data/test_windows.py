@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neo.data.windows import Window, assemble, split_rows
+from neo.data import store, store_writer
+from neo.data.synthetic import synthetic_source
+from neo.data.windows import Window, assemble, read_window, split_rows
 
 EOD = 0
 
@@ -72,3 +74,80 @@ def test_a_document_ends_at_the_last_input():
 def test_rows_must_have_one_length():
     with pytest.raises(ValueError):
         assemble([window([1, 2, 3]), window([1, 2])], cross_document_attention=False, mask_end_of_document=False)
+
+
+def source_of(folder, documents, shard_documents=3):
+    store_writer.write_source(str(folder), "x", {"train": documents}, vocab_size=9000, eod_id=EOD, tokenizer_sha256="ab" * 32,
+                              shard_documents=shard_documents)
+    return store.open_source(str(folder))
+
+
+def test_read_window_without_extras(tmp_path):
+    for split in (source_of(tmp_path, [("a", [1, 2, 3]), ("b", [4]), ("c", [5, 6])]).split("train"),
+                  synthetic_source("s", vocab_size=50, seed=1).split("train")):
+        read = read_window(split, 1, 6, 3)
+        assert read.tokens.tolist() == split.tokens(1, 8).tolist() and read.source == 3
+        assert read.ends.tolist() == (split.document_ends(1, 8) - 1).tolist()
+        assert read.borders is None and read.masked is None
+    with pytest.raises(IndexError):
+        read_window(source_of(tmp_path / "y", [("a", [1, 2, 3])]).split("train"), 1, 3, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.booleans()), min_size=1, max_size=12), st.booleans(),
+       st.booleans(), st.integers(1, 4), st.integers(0, 200), st.integers(1, 15))
+@settings(max_examples=120, deadline=None)
+def test_prompts_and_groups_against_reference(tmp_path_factory, shapes, cross, mask_eod, shard_documents, start, length):
+    """Rows of windows anywhere, against the documents laid out token by token."""
+    documents = [(f"d{i}", list(range(1, n + 1)), min(prompt, n + 1), joined) for i, (n, prompt, joined) in enumerate(shapes)]
+    split = source_of(tmp_path_factory.mktemp("s"), documents, shard_documents).split("train")
+    tokens, first, prompted, group = [], [], [], []
+    for _, body, prompt, joined in documents:
+        tokens += [*body, EOD]
+        first += [True] + [False] * len(body)
+        prompted += [i < prompt for i in range(len(body) + 1)]
+        group += [not joined] + [False] * len(body)
+    length = min(length, len(tokens) - 1)
+    if not length:
+        return
+    start %= len(tokens) - length
+    row = assemble([window([1] * (length + 1)), read_window(split, start, length, 0)], cross_document_attention=cross,
+                   mask_end_of_document=mask_eod)
+    place = range(start, start + length)
+    assert row["inputs"][1].tolist() == tokens[start:start + length]
+    assert row["loss_mask"][1].tolist() == [
+        float(not (prompted[i + 1] or (mask_eod and first[i + 1]))) for i in place]
+    segments, positions, segment, position = [], [], 1, 0
+    for i in place:
+        if group[i] and i > start and not cross:
+            segment, position = segment + 1, 0
+        segments.append(segment)
+        positions.append(position)
+        position += 1
+    assert row["segment_ids"][1].tolist() == segments and row["positions"][1].tolist() == positions
+
+
+def test_the_first_token_after_a_prompt_counts(tmp_path):
+    """It is predicted from the prompt's last token; a prompt that a window begins in goes on being left out."""
+    split = source_of(tmp_path, [("a", [1, 2, 3, 4, 5, 6], 4), ("b", [7, 8], 1)]).split("train")
+    masks = [assemble([read_window(split, start, 5, 0)], cross_document_attention=False,
+                      mask_end_of_document=False)["loss_mask"][0].tolist() for start in (0, 2, 4)]
+    assert masks == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 0], [1, 1, 0, 1, 1]]
+
+
+def test_rows_that_repeat_themselves_are_left_out():
+    repeated, plain = [7] * 40 + list(range(100, 161)), list(range(100, 201))
+    for mask, expected in ((False, [100, 100]), (True, [0, 100])):
+        rows = assemble([window(repeated), window(plain)], cross_document_attention=False, mask_end_of_document=False,
+                        mask_repetition=mask)
+        assert rows["loss_mask"].sum(axis=1).tolist() == expected
+        assert rows["inputs"].tolist() == [repeated[:-1], plain[:-1]]
+
+
+def test_only_tokens_that_count_can_repeat():
+    """40 equal tokens of which 10 are a prompt: 30 are too few; the target after the last input is not looked at."""
+    tokens = [7] * 40 + list(range(100, 161))
+    last = [*range(100, 170), *[7] * 32]
+    rows = [window(tokens)._replace(masked=np.array([[0, 10]])), window(tokens)._replace(masked=np.array([[0, 8]])),
+            window(last[1:])._replace(masked=np.array([[100, 101]]))]
+    batch = assemble(rows, cross_document_attention=False, mask_end_of_document=False, mask_repetition=True)
+    assert batch["loss_mask"].sum(axis=1).tolist() == [91, 0, 99]
