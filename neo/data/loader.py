@@ -8,17 +8,18 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from neo.config.schema import Config
-from neo.data import store_files
-from neo.data.mixture import Mixture
-from neo.data.planning import create_order
+from neo.data import amendments, store_files
+from neo.data.order import Order
+from neo.data.planning import create_order, source_names, store_path
 from neo.data.prefetch import Prefetch, prefetch
-from neo.data.sources import open_sources, open_tokenizer, store_path
+from neo.data.sources import open_sources, open_tokenizer
 from neo.data.validation import ValidationBatches, ValidationData
 from neo.data.windows import Window, assemble, split_rows
 from neo.errors import InputError
@@ -29,44 +30,76 @@ if TYPE_CHECKING:
 __all__ = ["Prefetch", "TrainData", "ValidationBatches", "ValidationData", "create_order", "open_sources",
            "open_tokenizer", "place", "prefetch", "store_path"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # 1 had another data order
 REMOTE_READERS = 32  # ours: an object store answers in some 50 ms, so the rows of a batch are asked for at once
 
 
 class TrainData:
     """Training batches by step number."""
 
-    def __init__(self, config: Config, sources: Mapping[str, Any]) -> None:
-        """`sources` as `open_sources` gives them. InputError as `Order.create`."""
-        from neo.data import rows
+    def __init__(self, config: Config, sources: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> None:
+        """The data of a new run, or of one that goes on from the data state `saved` in a checkpoint.
 
+        `sources` as `open_sources` gives them. Raises InputError as `create_order`, and where the config does not go on
+        where `saved` stopped, naming the difference.
+        """
         self.config = config
         self.sources = dict(sources)
-        self.order = create_order(config, sources)
-        self.windows = rows.windows(self.order, {name: source.split("train") for name, source in sources.items()})
+        sizes = {name: source.split("train").num_tokens for name, source in self.sources.items()}
+        if saved is not None:
+            _require_version(saved)
+        with _damage_named():
+            if saved is not None:
+                self._check_same(saved)
+            self.phases, self.amendments = amendments.resume(config, saved, sizes)
+        self._set_order(create_order(config, self.sources, self.amendments, self.phases))
+        if saved is not None:
+            self._check_place(saved)
         remote = any(store_files.is_url(source.path) for source in sources.values())
         self._readers = concurrent.futures.ThreadPoolExecutor(
             REMOTE_READERS, thread_name_prefix="neo-read") if remote else None
 
+    def _set_order(self, order: Order) -> None:
+        from neo.data import rows
+
+        windows = rows.windows(order, {name: source.split("train") for name, source in self.sources.items()})
+        # One assignment: a thread that makes a batch has the old pair or the new one, and both agree on its steps.
+        self._current = (order, windows)
+
+    @property
+    def order(self) -> Order:
+        """The data order, with all amendments so far."""
+        return self._current[0]
+
+    def amend(self, amendment: amendments.Amendment) -> None:
+        """Add an amendment that acts from a step that no batch has been made for. Safe while batches are made ahead."""
+        added = (*self.amendments, amendment)
+        self._set_order(create_order(self.config, self.sources, added, self.phases))
+        self.amendments = added
+
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The row with this global sequence index: int32 [T] inputs, targets, segment_ids, positions; float32 [T]
         loss_mask; int32 [] source (its place in `config.sources`)."""
-        return split_rows(self._assemble([self._read(index)]))[0]
+        order, windows = self._current
+        if not 0 <= index < order.num_sequences:  # grain would wrap around
+            raise IndexError(f"sequence {index} is outside the run's {order.num_sequences} sequences")
+        return split_rows(self._assemble([windows[index]]))[0]
 
     def host_batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """These rows (default: all B) of a step's batch, as numpy arrays [N, T] and source [N]."""
-        first = self.order.first_index(step)
-        batch = self.order.spans[self.order.phase_of_step(step)].global_batch
+        order, windows = self._current
+        first = order.first_index(step)
+        batch = order.span_of_step(step).global_batch
         indices = [first + row for row in (range(batch) if rows is None else rows)]
         read = self._readers.map if self._readers else map
-        return self._assemble(list(read(self._read, indices)))
+        return self._assemble(list(read(windows.__getitem__, indices)))
 
     def batch(self, step: int, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
         """A step's global batch: [B, T] arrays placed with `sharding`, and source [B] with its first entry.
 
         Only rows that this process's devices hold are read, each once. Raises InputError if B or T cannot be split.
         """
-        span = self.order.spans[self.order.phase_of_step(step)]
+        span = self.order.span_of_step(step)
         shape = (span.global_batch, span.seq_len)
         rows = _rows_held(sharding, shape)
         return place(self.host_batch(step, rows), sharding, shape=shape, rows=rows)
@@ -85,9 +118,9 @@ class TrainData:
     def state(self, next_step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, as readable JSON: where the run goes on, and what it has relied on."""
         used = self.order.tokens_by_source(next_step)
-        begun = [(phase, span) for phase, span in zip(self.config.phases, self.order.spans, strict=True)
-                 if span.first_step < next_step and span.steps]
-        relied_on = {name for _, span in begun for name in span.mixture.names if name in self.sources}
+        begun = [phase for number, phase in enumerate(self.phases)
+                 if any(span.phase == number and span.first_step < next_step for span in self.order.spans)]
+        relied_on = set(source_names(begun, self.amendments))
         return {
             "version": STATE_VERSION,
             "next_step": next_step,
@@ -97,51 +130,45 @@ class TrainData:
             "synthetic": self.config.data.synthetic,
             "sources": {name: {"tokens": self.sources[name].split("train").num_tokens, "tokens_used": used[name],
                                "tokenizer_sha256": self.sources[name].tokenizer_sha256}
-                        for name in self.order.sources if name in relied_on},
-            "phases": [{"name": span.name, "steps": span.steps, "seq_len": span.seq_len,
-                        "global_batch": span.global_batch, "mixture": dict(phase.mixture)} for phase, span in begun],
+                        for name in self.order.sources if name in relied_on and name in self.sources},
+            "phases": [{"name": phase.name, "steps": phase.steps, "seq_len": phase.seq_len,
+                        "batches": [list(part) for part in phase.batches], "mixture": dict(phase.mixture),
+                        "mixture_end": dict(phase.mixture_end), "mixture_unit": phase.mixture_unit} for phase in begun],
+            "amendments": amendments.to_json(self.amendments),
         }
 
-    def check_state(self, saved: Mapping[str, Any]) -> None:
-        """Raises InputError, naming the difference, unless this order goes on where the saved state stopped.
+    def _check_same(self, saved: Mapping[str, Any]) -> None:
+        """Seed, the sources used so far and the phases begun must be the same; later phases may differ.
 
-        Seed, the sources used so far and the phases begun must be the same; later phases may differ.
+        The mixtures of those phases are compared by `amendments.resume`.
         """
-        try:
-            version = saved["version"]
-            if version != STATE_VERSION:
-                raise InputError(f"the checkpoint's data state has version {version}; this neo reads {STATE_VERSION}")
-            self._compare("data.seed", saved["seed"], self.order.seed)
-            self._compare("data.synthetic", saved["synthetic"], self.config.data.synthetic)
-            for number, then in enumerate(saved["phases"]):
-                self._check_phase(number, then)
-            for name, then in saved["sources"].items():
-                source = self.sources.get(name)
-                if source is None:
-                    raise InputError(f"the checkpoint was trained on source {name!r}, which is not among the run's "
-                                     f"sources now ({', '.join(self.sources)})")
-                self._compare(f"the training tokens of source {name!r} ({source.path})", then["tokens"],
-                              source.split("train").num_tokens)
-                self._compare(f"the tokenizer of source {name!r} ({source.path}), by sha256,",
-                              then["tokenizer_sha256"], source.tokenizer_sha256)
+        self._compare("data.seed", saved["seed"], self.config.data.seed)
+        self._compare("data.synthetic", saved["synthetic"], self.config.data.synthetic)
+        for number, then in enumerate(saved["phases"]):
+            if number >= len(self.config.phases):
+                raise InputError(f"the checkpoint has begun phase {then['name']!r}, which the config no longer has")
+            phase = self.config.phases[number]
+            self._compare(f"phases.{phase.name}.seq_len", then["seq_len"], phase.seq_len)
+            self._compare(f"phases.{phase.name}.tokens and global_batch with its ramp, as [steps, batch],", then["batches"],
+                          [list(part) for part in phase.batches])
+            if phase.mixture_end or then["mixture_end"]:
+                self._compare(f"phases.{phase.name}.mixture_end", then["mixture_end"], dict(phase.mixture_end))
+        for name, then in saved["sources"].items():
+            source = self.sources.get(name)
+            if source is None:
+                raise InputError(f"the checkpoint was trained on source {name!r}, which is not among the run's "
+                                 f"sources now ({', '.join(self.sources)})")
+            self._compare(f"the training tokens of source {name!r} ({source.path})", then["tokens"],
+                          source.split("train").num_tokens)
+            self._compare(f"the tokenizer of source {name!r} ({source.path}), by sha256,",
+                          then["tokenizer_sha256"], source.tokenizer_sha256)
+
+    def _check_place(self, saved: Mapping[str, Any]) -> None:
+        with _damage_named():
             if saved["next_step"] > self.order.num_steps:
                 raise InputError(f"the checkpoint is at step {saved['next_step']}, the phases end at step "
                                  f"{self.order.num_steps}")
             self._compare("the next sequence index", saved["next_index"], self.order.first_index(saved["next_step"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error})") from error
-
-    def _check_phase(self, number: int, then: Mapping[str, Any]) -> None:
-        if number >= len(self.order.spans):
-            raise InputError(f"the checkpoint has begun phase {then['name']!r}, which the config no longer has")
-        span = self.order.spans[number]
-        at = f"phases.{span.name}"
-        self._compare(f"{at}.seq_len", then["seq_len"], span.seq_len)
-        self._compare(f"{at}.global_batch", then["global_batch"], span.global_batch)
-        self._compare(f"{at}.tokens, in steps,", then["steps"], span.steps)
-        mixture = Mixture(then["mixture"])
-        if (mixture.names, mixture.weights) != (span.mixture.names, span.mixture.weights):
-            self._compare(f"{at}.mixture", then["mixture"], dict(self.config.phases[number].mixture))
 
     @staticmethod
     def _compare(what: str, then: Any, now: Any) -> None:
@@ -149,15 +176,25 @@ class TrainData:
             raise InputError(f"{what} was {then} when the checkpoint was written and is {now} now; the data already "
                              "seen must not change: put it back, or start a new run in another workdir")
 
-    def _read(self, index: int) -> Window:
-        if not 0 <= index < self.order.num_sequences:  # grain would wrap around
-            raise IndexError(f"sequence {index} is outside the run's {self.order.num_sequences} sequences")
-        return self.windows[index]
-
     def _assemble(self, windows: Sequence[Window]) -> dict[str, np.ndarray]:
         data = self.config.data
         return assemble(windows, cross_document_attention=data.cross_document_attention,
-                        mask_end_of_document=data.mask_end_of_document)
+                        mask_end_of_document=data.mask_end_of_document, mask_repetition=data.mask_repetition)
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    """What a damaged data state makes Python raise, as InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error})") from error
+
+
+def _require_version(saved: Mapping[str, Any]) -> None:
+    version = saved.get("version") if isinstance(saved, Mapping) else None
+    if version != STATE_VERSION:
+        raise InputError(f"the checkpoint's data state has version {version}; this neo reads {STATE_VERSION}")
 
 
 def _rows_held(sharding: jax.sharding.NamedSharding, shape: tuple[int, int]) -> list[int]:

@@ -1,16 +1,15 @@
-"""The order of the data: a pure function of (phases, seed, source sizes, global sequence index).
+"""The order of the data: a pure function of (phases, seed, source sizes, amendments, global sequence index).
 
-Global sequence index -> phase -> source (mixture.py) -> n-th window of that source -> epoch and place in it:
+Global sequence index -> stretch of a phase -> source (mixture.py) -> n-th window of that source -> its place:
 
 * A window of a phase with sequence length T is T+1 tokens, read with stride T: every token is a target once.
-* A source has one running position over all phases. A phase takes the next range of it, as many windows as the
-  mixture gives the source. What is left of an epoch but shorter than T goes to the next phase; if that
-  needs more than is left, the next epoch begins at token 0.
-* A range that passes the end of the source is split per epoch into pieces. The windows of a piece are permuted
-  (permutation.py) with the key (seed, source name, phase index, epoch).
+* A source has one running position over all phases (streams.py). A phase takes the next windows from there, as many as
+  its mixture gives the source; at the end of the source the next epoch begins at token 0.
+* Windows are permuted in blocks of BLOCK_WINDOWS that follow each other, so reading stays near one place.
+* An amendment gives new weights from a step on: each source goes on where it is, in the block it has begun.
 
-So nothing that comes later (phases, sources, train.steps) changes what came before. All numbers are exact Python
-ints; a lookup costs O(log phases + log sources) and nothing grows with the corpus.
+So nothing that comes later (phases, sources, amendments, train.steps) changes what came before. All numbers are exact
+Python ints; a look-up costs O(log spans + log 1/weight) and nothing grows with the corpus.
 """
 
 from __future__ import annotations
@@ -18,23 +17,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from neo.data.amendments import Amendment
 from neo.data.mixture import Mixture
-from neo.data.permutation import piece_permutation
+from neo.data.streams import Stream
+from neo.data.stretches import Phase, Stretch, stretches
 from neo.errors import InputError, nearest
-
-
-class Phase(Protocol):
-    """What the order needs of a phase; `neo.config.schema.PhaseConfig` has it."""
-
-    name: str
-    seq_len: int
-    global_batch: int
-    mixture: Mapping[str, float]
-
-    @property
-    def steps(self) -> int: ...
 
 
 class Address(NamedTuple):
@@ -47,139 +36,137 @@ class Address(NamedTuple):
     length: int
 
 
-class _Range(NamedTuple):
-    """The windows of one source in one phase: `head` of them from `offset` in `epoch`, then whole epochs."""
-
-    phase: int
-    first: int  # windows of this source in earlier phases
-    count: int
-    length: int  # T
-    epoch: int
-    offset: int
-    head: int
-    per_epoch: int
-
-
 @dataclasses.dataclass(frozen=True)
-class _Span:
-    """One phase, with everything before it summed up."""
+class Span:
+    """Steps of equal sequence length, batch and mixture, with everything before them summed up."""
 
-    name: str
+    phase: int  # index into the phases
+    name: str  # of the phase
     steps: int
     seq_len: int
     global_batch: int
     mixture: Mixture
     source_ids: tuple[int, ...]  # of mixture.names, in Order.sources
-    bases: tuple[int, ...]  # windows of these sources in earlier phases
+    bases: tuple[int, ...]  # windows of these sources before mixture_index
+    mixture_index: int  # global index at which the mixture counts from 0: a batch ramp does not begin it anew
     first_step: int
     first_index: int
     first_token: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all its steps."""
+        return self.steps * self.global_batch
 
 
 class Order:
     """The data order of a run; make one with `Order.create`."""
 
-    def __init__(self, spans: Sequence[_Span], sources: tuple[str, ...], ranges: Sequence[Sequence[_Range]],
-                 seed: int) -> None:
+    def __init__(self, spans: Sequence[Span], sources: tuple[str, ...], streams: Sequence[Stream], seed: int) -> None:
         self.sources = sources
         self.seed = seed
         self.spans = tuple(spans)
-        self._ranges = tuple(tuple(r) for r in ranges)
-        self._range_starts = tuple(tuple(r.first for r in source_ranges) for source_ranges in self._ranges)
+        self._streams = tuple(streams)
         last = self.spans[-1]
         self.num_steps = last.first_step + last.steps
-        self.num_sequences = last.first_index + last.steps * last.global_batch
-        self.num_tokens = last.first_token + last.steps * last.global_batch * last.seq_len
+        self.num_sequences = last.first_index + last.sequences
+        self.num_tokens = last.first_token + last.sequences * last.seq_len
         self._step_starts = [span.first_step for span in self.spans]
         self._index_starts = [span.first_index for span in self.spans]
+        # Per source, the spans at which a mixture begins: for looking up which sequence a window is.
+        self._begins: list[tuple[list[int], list[tuple[int, int]]]] = [([], []) for _ in sources]
+        for number, span in enumerate(self.spans):
+            if span.mixture_index == span.first_index:
+                for place, (source, base) in enumerate(zip(span.source_ids, span.bases, strict=True)):
+                    self._begins[source][0].append(base)
+                    self._begins[source][1].append((number, place))
 
     @classmethod
-    def create(cls, phases: Sequence[Phase], sources: Sequence[str], source_tokens: Mapping[str, int],
-               seed: int) -> Order:
-        """Build the order. `source_tokens` are the tokens of each source's training split.
+    def create(cls, phases: Sequence[Phase], sources: Sequence[str], source_tokens: Mapping[str, int], seed: int,
+               amendments: Sequence[Amendment] = (), alignment: Mapping[str, int] | None = None) -> Order:
+        """Build the order.
 
-        Raises InputError for no phase or no step, a bad mixture, an unknown source, or a source shorter than a window.
+        Args:
+            source_tokens: tokens of each source's training split.
+            amendments: by step, each inside the phase it names.
+            alignment: of sources packed for one sequence length, that length.
+
+        Raises InputError for no phase or no step, a bad mixture, an unknown source, a source shorter than a window or
+        packed for another sequence length, or amendments that do not fit the phases.
         """
         sources = tuple(sources)
         source_ids = {name: i for i, name in enumerate(sources)}
         for phase in phases:
             _check_phase(phase, source_ids)
-        if not any(phase.steps > 0 for phase in phases):
-            raise InputError("the phases have no tokens; give at least one phase with tokens > 0")
-        ranges: list[list[_Range]] = [[] for _ in sources]
-        places = [(0, 0)] * len(sources)  # (epoch, offset) where the next range of each source begins
-        totals = [0] * len(sources)
-        spans: list[_Span] = []
-        step = index = token = 0
+        plan = _Plan(sources, source_ids, source_tokens, int(seed), alignment or {})
+        left = list(amendments)
         for number, phase in enumerate(phases):
-            try:
-                mixture = Mixture(phase.mixture)
-            except ValueError as error:
-                raise InputError(f"phases.{phase.name}.mixture: {error}") from None
-            ids = tuple(source_ids[name] for name in mixture.names)
-            spans.append(_Span(phase.name, phase.steps, phase.seq_len, phase.global_batch, mixture, ids,
-                               tuple(totals[i] for i in ids), step, index, token))
-            sequences = phase.steps * phase.global_batch
-            for i, count in zip(ids, mixture.counts(sequences), strict=True):
-                if count == 0:
-                    continue
-                tokens = source_tokens[sources[i]]
-                per_epoch = (tokens - 1) // phase.seq_len
-                if per_epoch < 1:
-                    raise InputError(
-                        f"source {sources[i]!r} has {tokens} training tokens, fewer than one window of "
-                        f"phase {phase.name!r} (seq_len + 1 = {phase.seq_len + 1}): add text to it, make the sequences "
-                        f"shorter, or set --config.phases.{phase.name}.mixture.{sources[i]}=0")
-                taken = _take(number, totals[i], count, phase.seq_len, per_epoch, tokens, *places[i])
-                ranges[i].append(taken)
-                places[i] = _place_after(taken)
-                totals[i] += count
-            step += phase.steps
-            index += sequences
-            token += sequences * phase.seq_len
-        return cls(spans, sources, ranges, int(seed))
+            plan.add(number, phase, stretches(phase, source_tokens) if phase.batches else [])
+            while left and plan.begin <= left[0].step < plan.step:
+                plan.amend(number, phase, left.pop(0))
+        if not plan.spans:
+            raise InputError("the phases have no tokens; give at least one phase with tokens > 0")
+        if left:
+            raise InputError(f"the amendment from step {left[0].step} on (phase {left[0].phase!r}) does not fit the phases, "
+                             f"which end at step {plan.step}: put them back as they were")
+        return cls(plan.spans, sources, plan.streams, int(seed))
 
     def select(self, index: int) -> tuple[int, int]:
         """Global sequence index -> (position in `sources`, n): the n-th window of that source, over all phases."""
-        index = int(index)  # a numpy integer would overflow in the products below
-        if not 0 <= index < self.num_sequences:
-            raise IndexError(f"sequence {index} is outside the run's {self.num_sequences} sequences")
-        span = self.spans[bisect.bisect_right(self._index_starts, index) - 1]
-        place, n = span.mixture.select(index - span.first_index)
+        span = self._span_at(index)
+        place, n = span.mixture.select(int(index) - span.mixture_index)
         return span.source_ids[place], span.bases[place] + n
 
     def window(self, source: int, n: int) -> Address:
-        """The n-th window that the run takes from the source at this position in `sources`."""
-        n = int(n)
-        ranges = self._ranges[source]
-        r = ranges[bisect.bisect_right(self._range_starts[source], n) - 1]
-        k = n - r.first
-        if k >= r.count or n < 0:
-            raise IndexError(f"source {self.sources[source]!r} gives {self.num_windows(source)} windows, not {n}")
-        name = self.sources[source]
-        if k < r.head:
-            epoch, offset, size = r.epoch, r.offset, r.head
-        else:
-            later, k = divmod(k - r.head, r.per_epoch)
-            epoch, offset = r.epoch + 1 + later, 0
-            size = min(r.per_epoch, r.count - r.head - later * r.per_epoch)
-        k = piece_permutation(size, self.seed, name, r.phase, epoch)[k]
-        return Address(r.phase, name, epoch, offset + k * r.length, r.length)
+        """The n-th window that the run takes from the source at this position in `sources`; its range's phase."""
+        return Address(*self._window(source, n))
 
     def address(self, index: int) -> Address:
         """Where the sequence with this global index lies."""
-        return self.window(*self.select(index))
+        phase = self._span_at(index).phase
+        return Address(phase, *self._window(*self.select(index))[1:])
+
+    def _window(self, source: int, n: int) -> tuple[int, str, int, int, int]:
+        if not 0 <= n < self._streams[source].used:
+            raise IndexError(f"source {self.sources[source]!r} gives {self.num_windows(source)} windows, not {n}")
+        phase, epoch, start, length = self._streams[source].find(int(n))
+        return phase, self.sources[source], epoch, start, length
+
+    def index_of(self, source: int, n: int) -> int:
+        """The inverse of `select`: the global index of the n-th window of the source."""
+        if not 0 <= n < self._streams[source].used:
+            raise IndexError(f"source {self.sources[source]!r} gives {self.num_windows(source)} windows, not {n}")
+        bases, places = self._begins[source]
+        i = bisect.bisect_right(bases, n) - 1
+        number, place = places[i]
+        return self.spans[number].mixture_index + self.spans[number].mixture.index_of(place, n - bases[i])
+
+    def windows_at(self, source: int, first: int, last: int) -> list[int]:
+        """Sorted n of all windows of the source that hold one of the tokens [first, last), in any epoch."""
+        return self._streams[source].holding(first, last)
 
     def num_windows(self, source: int) -> int:
         """How many windows the whole run takes from the source at this position in `sources`."""
-        ranges = self._ranges[source]
-        return ranges[-1].first + ranges[-1].count if ranges else 0
+        return self._streams[source].used
+
+    def tokens_left_out(self, source: int) -> int:
+        """Tokens that no phase reads, because an amendment left part of a block to a phase of another sequence length."""
+        return self._streams[source].left_out
 
     def phase_of_step(self, step: int) -> int:
         """Index of the phase that step 0 <= step < num_steps belongs to."""
+        return self.span_of_step(step).phase
+
+    def span_of_step(self, step: int) -> Span:
+        """The span that step 0 <= step < num_steps belongs to."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is outside the run's {self.num_steps} steps")
-        return bisect.bisect_right(self._step_starts, step) - 1
+        return self.spans[bisect.bisect_right(self._step_starts, step) - 1]
+
+    def step_of(self, index: int) -> int:
+        """The step that the sequence with this global index belongs to."""
+        span = self._span_at(index)
+        return span.first_step + (int(index) - span.first_index) // span.global_batch
 
     def first_index(self, step: int) -> int:
         """Global index of the first sequence of a step; `num_sequences` for step = num_steps."""
@@ -196,11 +183,20 @@ class Order:
         tokens = dict.fromkeys(self.sources, 0)
         for span in self.spans:
             done = min(max(step - span.first_step, 0), span.steps) * span.global_batch
-            for name, count in zip(span.mixture.names, span.mixture.counts(done), strict=True):
-                tokens[name] += count * span.seq_len
+            if not done:
+                break
+            before = span.first_index - span.mixture_index
+            counts = zip(span.mixture.names, span.mixture.counts(before), span.mixture.counts(before + done), strict=True)
+            for name, low, high in counts:
+                tokens[name] += (high - low) * span.seq_len
         return tokens
 
-    def _span_before(self, step: int) -> tuple[_Span, int]:
+    def _span_at(self, index: int) -> Span:
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} is outside the run's {self.num_sequences} sequences")
+        return self.spans[bisect.bisect_right(self._index_starts, index) - 1]
+
+    def _span_before(self, step: int) -> tuple[Span, int]:
         step = int(step)
         if not 0 <= step <= self.num_steps:
             raise IndexError(f"step {step} is outside the run's {self.num_steps} steps")
@@ -208,32 +204,94 @@ class Order:
         return span, step - span.first_step
 
 
+class _Plan:
+    """An order that is being made: spans, and how far each source has been given out."""
+
+    def __init__(self, sources: tuple[str, ...], source_ids: Mapping[str, int], source_tokens: Mapping[str, int], seed: int,
+                 alignment: Mapping[str, int]) -> None:
+        self.sources, self.ids, self.sizes, self.alignment = sources, source_ids, source_tokens, alignment
+        self.streams = [Stream(name, seed) for name in sources]
+        self.spans: list[Span] = []
+        self.begin = self.step = self.index = self.token = 0  # begin: first step of the phase added last
+
+    def add(self, number: int, phase: Phase, parts: Sequence[Stretch]) -> None:
+        """All stretches of a phase, one after the other."""
+        self.begin = self.step
+        self._append(number, phase, parts)
+
+    def amend(self, number: int, phase: Phase, amendment: Amendment) -> None:
+        """New weights from a step of the phase added last to its end."""
+        if amendment.phase != phase.name:
+            raise InputError(f"the amendment from step {amendment.step} on is of phase {amendment.phase!r}, and that step "
+                             f"belongs to phase {phase.name!r} now: put the phases back as they were")
+        rest: list[Stretch] = []
+        used: dict[int, int] = {}
+        while self.spans and self.spans[-1].first_step + self.spans[-1].steps > amendment.step:
+            span = self.spans.pop()
+            kept = max(amendment.step - span.first_step, 0)
+            rest.insert(0, Stretch(span.steps - kept, span.global_batch, span.mixture))
+            counts = span.mixture.counts(span.first_index + kept * span.global_batch - span.mixture_index)
+            used |= {source: base + count for source, base, count in zip(span.source_ids, span.bases, counts, strict=True)}
+            if kept:
+                self.spans.append(dataclasses.replace(span, steps=kept))
+        if self.spans:
+            self._advance(self.spans[-1])
+        else:
+            self.step = self.index = self.token = 0
+        for source, count in used.items():
+            if count != self.streams[source].used:
+                self.streams[source].cut(count)
+        try:
+            mixture = Mixture(amendment.mixture)
+        except ValueError as error:
+            raise InputError(f"the amendment from step {amendment.step} on: {error}") from None
+        unknown = [name for name in mixture.names if name not in self.ids]
+        if unknown:
+            raise InputError(f"the amendment from step {amendment.step} on names the unknown source {unknown[0]!r}")
+        self._append(number, phase, [Stretch(part.steps, part.global_batch, mixture) for part in rest])
+
+    def _append(self, number: int, phase: Phase, parts: Sequence[Stretch]) -> None:
+        taken = [0] * len(self.sources)
+        mixture, mixture_index, ids, bases, counts = None, 0, (), (), []
+        for part in parts:
+            if part.mixture is not mixture:
+                mixture, mixture_index = part.mixture, self.index
+                ids = tuple(self.ids[name] for name in mixture.names)
+                bases = tuple(self.streams[i].used + taken[i] for i in ids)
+                counts = [0] * len(ids)
+            self.spans.append(Span(number, phase.name, part.steps, phase.seq_len, part.global_batch, mixture, ids, bases,
+                                   mixture_index, self.step, self.index, self.token))
+            self._advance(self.spans[-1])
+            before, counts = counts, mixture.counts(self.index - mixture_index)
+            for i, low, high in zip(ids, before, counts, strict=True):
+                taken[i] += high - low
+        for source, count in enumerate(taken):
+            if count:
+                self._check_source(phase, self.sources[source])
+                self.streams[source].take(number, count, phase.seq_len, self.sizes[self.sources[source]])
+
+    def _advance(self, span: Span) -> None:
+        self.step = span.first_step + span.steps
+        self.index = span.first_index + span.sequences
+        self.token = span.first_token + span.sequences * span.seq_len
+
+    def _check_source(self, phase: Phase, name: str) -> None:
+        tokens, packed = self.sizes[name], self.alignment.get(name, 1)
+        if packed not in (1, phase.seq_len):
+            raise InputError(f"source {name!r} is packed for sequences of {packed} tokens, and phases.{phase.name}.seq_len is "
+                             f"{phase.seq_len}: prepare it with --seq_len={phase.seq_len}, or without --packing")
+        if (tokens - 1) // phase.seq_len < 1:
+            raise InputError(f"source {name!r} has {tokens} training tokens, fewer than one window of phase {phase.name!r} "
+                             f"(seq_len + 1 = {phase.seq_len + 1}): add text to it, make the sequences shorter, or set "
+                             f"--config.phases.{phase.name}.mixture.{name}=0")
+
+
 def _check_phase(phase: Phase, source_ids: Mapping[str, int]) -> None:
-    for field in ("seq_len", "global_batch"):
-        if getattr(phase, field) < 1:
-            raise InputError(f"phases.{phase.name}.{field} is {getattr(phase, field)}; it must be at least 1")
+    if phase.seq_len < 1:
+        raise InputError(f"phases.{phase.name}.seq_len is {phase.seq_len}; it must be at least 1")
     if not phase.mixture:
         raise InputError(f"phases.{phase.name}.mixture is empty; give each source a weight, "
                          f"such as --config.phases.{phase.name}.mixture.NAME=1")
-    for name in phase.mixture:
+    for name in (*phase.mixture, *phase.mixture_end):
         if name not in source_ids:
-            raise InputError(f"phases.{phase.name}.mixture names the unknown source {name!r}"
-                             f"{nearest(name, source_ids)}")
-
-
-def _take(phase: int, first: int, count: int, length: int, per_epoch: int, tokens: int, epoch: int,
-          offset: int) -> _Range:
-    """The next `count` windows of a source of `tokens` tokens whose last range ended at (epoch, offset)."""
-    left = (tokens - 1 - offset) // length
-    if left == 0:  # the rest of the epoch is shorter than one window
-        epoch, offset, left = epoch + 1, 0, per_epoch
-    return _Range(phase, first, count, length, epoch, offset, min(left, count), per_epoch)
-
-
-def _place_after(r: _Range) -> tuple[int, int]:
-    """(epoch, offset) of the first token that the range leaves."""
-    later = r.count - r.head
-    if later == 0:
-        return r.epoch, r.offset + r.head * r.length
-    whole, rest = divmod(later - 1, r.per_epoch)
-    return r.epoch + 1 + whole, (rest + 1) * r.length
+            raise InputError(f"phases.{phase.name}.mixture names the unknown source {name!r}{nearest(name, source_ids)}")

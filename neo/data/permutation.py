@@ -22,7 +22,7 @@ _MULTIPLIER_2 = 0xC4CEB9FE1A85EC53
 def derive_key(*parts: int | str) -> bytes:
     """64 bytes that depend on every part, its type and its place (BLAKE2b of an unambiguous encoding)."""
     text = "\n".join(f"{type(part).__name__}:{len(str(part).encode())}:{part}" for part in parts)
-    return hashlib.blake2b(text.encode(), digest_size=64, person=b"neo.order.1").digest()
+    return hashlib.blake2b(text.encode(), digest_size=64, person=b"neo.order.2").digest()
 
 
 class Permutation:
@@ -73,7 +73,7 @@ def _mix(value: int, key: int) -> int:
     return value ^ (value >> 33)
 
 
-@functools.lru_cache(maxsize=4096)
-def piece_permutation(n: int, seed: int, source: str, phase: int, epoch: int) -> Permutation:
-    """The order of the n windows of one piece: one epoch's part of one phase's range of one source."""
-    return Permutation(n, derive_key(seed, source, phase, epoch))
+@functools.lru_cache(maxsize=8192)
+def block_permutation(n: int, seed: int, source: str, length: int, epoch: int, start: int) -> Permutation:
+    """The order of the n windows of `length` tokens that begin at token `start` of an epoch of a source."""
+    return Permutation(n, derive_key(seed, source, length, epoch, start))

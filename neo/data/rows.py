@@ -11,7 +11,7 @@ from typing import Any
 import grain
 
 from neo.data.order import Order
-from neo.data.windows import Window
+from neo.data.windows import Window, read_window
 
 
 class SourceWindows(grain.MapDataset):
@@ -29,8 +29,7 @@ class SourceWindows(grain.MapDataset):
 
     def __getitem__(self, index: int) -> Window:
         _, _, _, start, length = self._order.window(self._number, index)
-        stop = start + length + 1
-        return Window(self._split.tokens(start, stop), self._split.document_ends(start, stop) - start, self._number)
+        return read_window(self._split, start, length, self._number)
 
 
 class Selection:

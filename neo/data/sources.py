@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from neo.config.schema import Config
 from neo.data import store, store_files
-from neo.data.planning import create_order
+from neo.data.planning import source_path, store_path
 from neo.data.synthetic import synthetic_source
 from neo.errors import InputError, nearest
 
@@ -15,25 +15,15 @@ if TYPE_CHECKING:
     from neo.data.tokenizer import Tokenizer
 
 
-def store_path(config: Config) -> str:
-    """Where the run's token store is: a folder or a URL."""
-    return config.data.store or f"data/{config.name}"
-
-
-def source_path(config: Config, name: str) -> str:
-    """Where one source lies: its entry in data.stores, else its folder in the store."""
-    return config.data.stores.get(name) or store_files.join(store_path(config), name)
-
-
-def open_sources(config: Config) -> dict[str, Any]:
-    """Every source with a positive weight in some phase, by name, in the order of `config.sources`.
+def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
+    """Every source with a positive weight in some phase, by name, in the order of `config.sources`; then those of `also`.
 
     Raises InputError, with the cure: all sources that are missing in one message; one that is damaged, whose tokenizer
-    differs from the others', whose vocabulary is larger than the model's, or that is shorter than a window of a phase
-    using it; a plan that reads a source more often than data.max_epochs.
+    differs from the others', or whose vocabulary is larger than the model's.
     """
     names = [name for name in config.sources if any(
         phase.mixture.get(name, 0) > 0 or phase.mixture_end.get(name, 0) > 0 for phase in config.phases)]
+    names += [name for name in also if name not in names]
     if config.data.synthetic:
         sources: dict[str, Any] = {
             name: synthetic_source(name, vocab_size=config.model.vocab_size, seed=config.data.seed) for name in names}
@@ -50,7 +40,6 @@ def open_sources(config: Config) -> dict[str, Any]:
             raise InputError(f"sources {first!r} and {name!r} were prepared with different tokenizers (sha256 "
                              f"{sources[first].tokenizer_sha256[:12]} and {source.tokenizer_sha256[:12]}); prepare "
                              f"{name!r} again with --tokenizer={store_files.join(store_path(config), 'tokenizer')}")
-    create_order(config, sources)
     return sources
 
 

@@ -88,6 +88,22 @@ class SyntheticSplit:
         last += int(self._ends(last, last + 1)[0] <= stop - 1)
         return [f"{self.name}-{number}" for number in range(first, last + 1)]
 
+    def documents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """(first position, end, id) of the documents that have a token in [start, stop), in order."""
+        names = self.document_ids(start, stop)
+        return [(*self._span(int(name.rsplit("-", 1)[1])), name) for name in names]
+
+    def find_id(self, name: str) -> list[tuple[int, int]]:
+        """Positions [first, end) of the document with this id, if there is one."""
+        split, _, number = name.rpartition("-")
+        if split != self.name or not (number.isdecimal() and number.isascii()) or str(int(number)) != number:
+            return []
+        return [self._span(int(number))] if int(number) < self.num_documents else []
+
+    def _span(self, number: int) -> tuple[int, int]:
+        ends = self._ends(max(number - 1, 0), number + 1).tolist()
+        return (ends[-2] if number else 0), ends[-1]
+
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"positions [{start}, {stop}) are outside the {self.num_tokens} synthetic tokens")
@@ -104,6 +120,8 @@ class SyntheticSource:
     path: str = "synthetic"
     layout: str = "synthetic"
     tokenizer_sha256: str = TOKENIZER_SHA256
+    packing: None = None
+    alignment: int = 1
     prepare: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

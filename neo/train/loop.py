@@ -53,6 +53,7 @@ class Pending:
 
     step: int                  # 0-based
     phase: PhaseConfig
+    tokens: int                # target tokens of the step
     values: Mapping[str, Any]  # on device
 
 
@@ -72,7 +73,7 @@ class Recorder:
             self._not_finite(pending, values)
         done = pending.step + 1
         self._steps += 1
-        self._tokens += pending.phase.tokens_per_step
+        self._tokens += pending.tokens
         if done % session.config.log.every_steps == 0 or done == session.stop_step:
             self.emit(done, self._step_record(pending, values))
 
@@ -94,7 +95,7 @@ class Recorder:
         now = time.monotonic()
         seconds = max(now - self._since - self._away, 1e-9)
         speed = self._tokens / seconds
-        record = step_values(values, session.config.sources)
+        record = step_values(values, session.data.order.sources)
         record["optim/lr"] = schedule.learning_rate(session.config, pending.step)
         record |= {"perf/tokens_per_s": speed, "perf/tokens_per_s_per_device": speed / session.mesh.devices.size,
                    "perf/step_s": seconds / self._steps, **utilisation(session, pending.phase, speed),
@@ -131,13 +132,14 @@ def train(session: Session, hooks: list[Hook]) -> None:
     with StopSignals() as signals, batches:
         for step, batch in batches:
             clock.lap("data")
-            phase = config.phases[schedule.place(config, step).phase]
-            run_step = session.step_for(phase)
+            at = schedule.place(config, step)
+            phase = config.phases[at.phase]
+            run_step = session.step_for(phase, at.global_batch)
             recorder.pause(clock.lap("startup"))   # a later phase's step is compiled when it begins
             session.state, values = run_step(session.state, batch, *session.rates(step))
             if pending is not None:
                 recorder.settle(pending)
-            pending = Pending(step, phase, values)
+            pending = Pending(step, phase, at.tokens, values)
             done = session.steps_done = step + 1
             # Only now and then with several processes: agreeing costs a message.
             agree = jax.process_count() == 1 or done % config.log.every_steps == 0

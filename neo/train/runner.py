@@ -16,6 +16,7 @@ from typing import Any
 
 from neo.config import Config, to_dict
 from neo.config.render import as_python
+from neo.data import amendments
 from neo.errors import InputError, NeoError
 from neo.parallel import distributed
 from neo.train.progress import Log
@@ -86,14 +87,21 @@ def _train(config: Config, place: Workdir, log: Log, config_text: str | None) ->
         place.write_text("config.py", config_text or as_python(config))
         place.write_json("config.json", to_dict(config))
         place.write_json("environment.json", environment())
+        session.write_amendments()
         place.event("resume" if session.start_step else "start", session.start_step, changed=changed,
                     devices=session.mesh.devices.size, **({"init": session.origin} if session.origin else {}))
+        for one in session.data.amendments:
+            if one.step == session.start_step and one.reason == amendments.BY_CONFIG:
+                place.event("amendment", session.start_step, effective=one.step, phase=one.phase, reason=one.reason,
+                            mixture=dict(one.mixture))
+                log(f"phase {one.phase} is mixed by the new weights from step {one.step + 1} on")
     for line in changed:
         log(f"changed since the last start: {line}")
     with _closing(session) as hooks:
         hooks += hooks_of(session)
         if session.steps_done < session.stop_step:
-            session.step_for(session.phase_after(session.steps_done + 1))
+            session.step_for(session.phase_after(session.steps_done + 1), session.data.order.span_of_step(
+                session.steps_done).global_batch)
         session.clock.lap("startup")
         train(session, hooks)
         session.checkpoints.wait()

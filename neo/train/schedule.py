@@ -16,19 +16,26 @@ from neo.config.schema import Config, PhaseConfig
 class Place:
     """Where a step stands in the run."""
 
-    phase: int          # index into config.phases
-    step_in_phase: int  # 0-based
-    tokens_before: int  # target tokens of all earlier steps
+    phase: int            # index into config.phases
+    step_in_phase: int    # 0-based
+    tokens_before: int    # target tokens of all earlier steps
+    phase_tokens: int     # target tokens of the phase's earlier steps
+    global_batch: int     # sequences of the step
+    tokens: int           # its target tokens
 
 
 def place(config: Config, step: int) -> Place:
-    """The phase of 0-based `step` and the tokens seen before it. ValueError past the last step."""
-    tokens, first = 0, 0
+    """The phase of 0-based `step`, its batch, and the tokens seen before it. ValueError past the last step."""
+    tokens = first = 0
     for i, phase in enumerate(config.phases):
-        if step < first + phase.steps:
-            return Place(i, step - first, tokens + (step - first) * phase.tokens_per_step)
-        first += phase.steps
-        tokens += phase.steps * phase.tokens_per_step
+        begin, begin_tokens = first, tokens
+        for steps, batch in phase.batches:
+            per_step = batch * phase.seq_len
+            if step < first + steps:
+                before = tokens + (step - first) * per_step
+                return Place(i, step - begin, before, before - begin_tokens, batch, per_step)
+            first += steps
+            tokens += steps * per_step
     raise ValueError(f"step {step} is past the end of the run ({first} steps)")
 
 
@@ -37,7 +44,7 @@ def tokens_after(config: Config, steps: int) -> int:
     if steps == 0:
         return 0
     at = place(config, steps - 1)
-    return at.tokens_before + config.phases[at.phase].tokens_per_step
+    return at.tokens_before + at.tokens
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -47,15 +54,14 @@ def learning_rate(config: Config, step: int) -> float:
     is final_lr.
     """
     at = place(config, step)
-    phase = config.phases[at.phase]
-    return phase_rate(phase, (at.step_in_phase + 1) * phase.tokens_per_step)
+    return phase_rate(config.phases[at.phase], at.phase_tokens + at.tokens)
 
 
 def phase_rate(phase: PhaseConfig, tokens: int) -> float:
     """Rate after `tokens` tokens of the phase: linear warm-up, then `lr_shape` down to final_lr at its end."""
     if tokens < phase.warmup_tokens:
         return phase.start_lr + (phase.peak_lr - phase.start_lr) * tokens / phase.warmup_tokens
-    total = phase.steps * phase.tokens_per_step
+    total = phase.whole_tokens
     done = (tokens - phase.warmup_tokens) / max(total - phase.warmup_tokens, 1)
     done = min(max(done, 0.0), 1.0)
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[phase.lr_shape]

@@ -14,6 +14,7 @@ import numpy as np
 from neo.config import Config
 from neo.config.checks import check_on_mesh
 from neo.config.schema import PhaseConfig
+from neo.data import amendments
 from neo.data.loader import TrainData, open_sources, open_tokenizer
 from neo.errors import InputError
 from neo.kernels.attention import resolve as resolve_attention
@@ -24,6 +25,7 @@ from neo.parallel import distributed
 from neo.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from neo.parallel.rules import Layout, rules_for
 from neo.train import initial, memory, schedule
+from neo.train.checkpoint_format import checkpoints_in
 from neo.train.checkpoints import Checkpoints, restore
 from neo.train.optimizer import Optimizer
 from neo.train.progress import Log, count
@@ -73,7 +75,7 @@ class Session:
     stop_step: int
     steps_done: int = 0
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # of a first start: what init read, from where
-    _compiled: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _compiled: dict[tuple, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -92,19 +94,25 @@ class Session:
         """The phase of the last of `steps` steps (of the first step when there is none)."""
         return self.config.phases[schedule.place(self.config, max(steps - 1, 0)).phase]
 
-    def step_for(self, phase: PhaseConfig) -> Step:
-        """The compiled step of a phase; compiled when first asked for, with its time and memory in the log."""
-        if phase.name not in self._compiled:
-            self._compiled[phase.name] = self._compile(phase)
-        return self._compiled[phase.name]
+    def step_for(self, phase: PhaseConfig, global_batch: int) -> Step:
+        """The compiled step of a phase at a batch size; compiled when first asked for, with its time and memory in the log.
 
-    def _compile(self, phase: PhaseConfig) -> Step:
-        micro = self.micro_batches[phase.name]
-        accumulation = phase.global_batch // self.batch_ways // micro
+        Phases of equal shapes share one program.
+        """
+        program = (global_batch, phase.seq_len, phase.rope_base)
+        if program not in self._compiled:
+            self._compiled[program] = self._compile(phase, global_batch)
+        return self._compiled[program]
+
+    def _compile(self, phase: PhaseConfig, global_batch: int) -> Step:
+        local, micro = global_batch // self.batch_ways, self.micro_batches[phase.name]
+        while local % micro:   # the batches of a ramp are smaller than the one that micro divides
+            micro -= 1
+        accumulation = local // micro
         optimizer = self.config.optimizer
-        options = StepOptions(num_sources=len(self.config.sources), accumulation=accumulation, rope_base=phase.rope_base,
+        options = StepOptions(num_sources=len(self.data.order.sources), accumulation=accumulation, rope_base=phase.rope_base,
                               clip_norm=optimizer.clip_norm, z_loss=optimizer.z_loss)
-        batch = abstract_batch(self.decoder, phase.global_batch, phase.seq_len)
+        batch = abstract_batch(self.decoder, global_batch, phase.seq_len)
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self.decoder.layout.sharding())
         name = f"compiling the step of phase {phase.name} ({accumulation} micro-batches of {micro} per device)"
         with self.log.stage(name):
@@ -121,6 +129,19 @@ class Session:
         place = self.decoder.layout.sharding()
         put = lambda x: jax.make_array_from_callback((), place, lambda _: np.float32(x))   # noqa: E731
         return put(schedule.learning_rate(self.config, step)), put(self.config.optimizer.weight_decay)
+
+    def amend(self, amendment: amendments.Amendment, **details: Any) -> None:
+        """Change the data order from a step on that no batch has been made for; told in events.jsonl with `details`."""
+        self.data.amend(amendment)
+        if jax.process_index() == 0:
+            self.write_amendments()
+            self.workdir.event("amendment", self.steps_done, effective=amendment.step, phase=amendment.phase,
+                               reason=amendment.reason, mixture=dict(amendment.mixture), **details)
+
+    def write_amendments(self) -> None:
+        """amendments.json: what the checkpoint to come will hold, for people and for neo.data.trace."""
+        if self.data.amendments or (self.workdir.path / amendments.FILE).exists():
+            self.workdir.write_json(amendments.FILE, amendments.to_json(self.data.amendments))
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Start a checkpoint of the state after `steps_done` steps."""
@@ -158,9 +179,11 @@ def build(config: Config, workdir: Workdir, log: Log) -> Session:
     log(f"model: {parameter_count(config.model)['total']:,} parameters; estimated {need.text()} per device"
         + (f" of {capacity / 1e9:.1f}" if capacity else ""))
 
+    own = checkpoints_in(workdir.path)
+    saved = own[-1].data()["order"] if own else None
     with log.stage("opening the data"):
-        sources = open_sources(config)
-        data = TrainData(config, sources)
+        sources = open_sources(config, amendments.saved_sources(saved))
+        data = TrainData(config, sources, saved)
         tokenizer = open_tokenizer(config, sources)
     checkpoints = Checkpoints(workdir.path, config.checkpoint.keep_last, config.checkpoint.permanent_every_steps)
     stop = min(config.train.steps or config.total_steps, config.total_steps)
@@ -192,7 +215,6 @@ def initial_state(config: Config, checkpoints: Checkpoints, decoder: Decoder, op
     others = initial.given(config.init)
     own = checkpoints.latest()
     if own is not None:
-        data.check_state(own.data()["order"])
         abstract = abstract_state(decoder, optimizer)
         with log.stage(f"resuming from {own.path} (step {own.step}, {count(own.tokens)} tokens)"):
             loaded = restore(own, {"params": abstract["params"], "opt": abstract["opt"]})
@@ -228,8 +250,13 @@ def require_same_run(before: Mapping[str, Any] | None, config: Config, steps_don
         return []
     old = from_dict(before)
     begun = 1 + schedule.place(old, min(max(steps_done - 1, 0), old.total_steps - 1)).phase
+    if config.data.amend and begun <= len(config.phases):
+        # Another mixture of the phase that the run is in is for amendments.resume to judge.
+        current = dataclasses.replace(old.phases[begun - 1], mixture=config.phases[begun - 1].mixture,
+                                      mixture_unit=config.phases[begun - 1].mixture_unit)
+        old = dataclasses.replace(old, phases=(*old.phases[:begun - 1], current, *old.phases[begun:]))
     differences = identity_diff(old, config, begun)
     if differences:
         raise InputError(f"workdir {workdir.path} holds a run with another identity: {'; '.join(differences)}; "
                          "undo the change or give another --workdir")
-    return changes(old, config)
+    return changes(from_dict(before), config)

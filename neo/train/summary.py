@@ -37,7 +37,7 @@ def summarise(config: Config) -> dict[str, Any]:
     flops = {phase.name: train_flops_per_token(config.model, phase.seq_len) for phase in config.phases}
     return {
         "parameters": parameter_count(config.model),
-        "phases": [{"name": phase.name, "tokens": phase.steps * phase.tokens_per_step, "steps": phase.steps,
+        "phases": [{"name": phase.name, "tokens": phase.whole_tokens, "steps": phase.steps,
                     "tokens_per_step": phase.tokens_per_step,
                     "flops_per_token": {"full": flops[phase.name].full, "causal": flops[phase.name].causal}}
                    for phase in config.phases],

