@@ -29,7 +29,8 @@ PACKINGS = ("best_fit",)
 DOCUMENTS_MAGIC = b"NEODOCS1"
 DOCUMENTS_HEADER = 16  # bytes: magic, then the number of documents as uint64
 PROMPT_MAX = (1 << 31) - 1  # tokens: the low bits of an extra
-JOINED = np.uint32(1 << 31)  # its highest bit
+JOINED = 1 << 31  # its highest bit
+SEARCHED_IDS = 1 << 18  # ours: 2 MB of id ends, some 10 MB of ids
 OPEN_SHARDS = 128  # ours: well below the usual limit of 1024 open files
 
 
@@ -104,6 +105,26 @@ class DocumentIndex:
             ends = [0, *ends]
         blob = self._bytes.read(texts + ends[0], texts + ends[-1]).tobytes()
         return [blob[a - ends[0]:b - ends[0]].decode("utf-8") for a, b in itertools.pairwise(ends)]
+
+    def find_id(self, name: str) -> list[int]:
+        """Numbers of the documents with this id. Reads the table of ids once, SEARCHED_IDS at a time."""
+        wanted = np.frombuffer(name.encode("utf-8", "replace"), np.uint8)
+        table = DOCUMENTS_HEADER + 8 * self.num_documents
+        texts = table + 8 * self.num_documents
+        found: list[int] = []
+        begin = 0
+        for first in range(0, self.num_documents, SEARCHED_IDS):
+            last = min(first + SEARCHED_IDS, self.num_documents)
+            ends = self._bytes.read(table + 8 * first, table + 8 * last).view("<u8").astype(np.int64)
+            starts = np.concatenate([[begin], ends[:-1]])
+            begin, low = int(ends[-1]), begin
+            same = np.flatnonzero(ends - starts == len(wanted))
+            if len(same):
+                blob = self._bytes.read(texts + low, texts + begin)
+                for place in range(len(wanted) - 1, -1, -1):  # ids differ most at their ends
+                    same = same[blob[starts[same] - low + place] == wanted[place]]
+                found += (same + first).tolist()
+        return found
 
 
 class Split:
@@ -200,19 +221,54 @@ class Split:
             ids += index.ids(index.find(a, "right"), index.find(b - 1, "right") + 1)
         return [name for name in ids if name] if self.packed else ids
 
-    def extras(self, start: int, stop: int) -> Extras:
-        """Beginnings, prompts and groups of the documents that have a token in [start, stop), in order."""
+    def documents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """(first position, end, id) of the documents that have a token in [start, stop), in order; in a packed split of
+        every piece, and of padding with the empty id.
+        """
         self._check(start, stop)
-        begins, words = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
+        found: list[tuple[int, int, str]] = []
         for number, a, b in self._parts(start, stop):
             index = self._file("documents", number)
             first, last = index.find(a, "right"), index.find(b - 1, "right") + 1
-            ends = index.ends(max(first - 1, 0), last - 1)
-            begins.append((ends if first else np.concatenate([[0], ends])) + self._token_starts[number])
-            words.append(self._file("extras", number).read(4 * first, 4 * last).view("<u4")
-                         if self.shards[number].extras else np.zeros(last - first, np.uint32))
-        extras = np.concatenate(words)
-        return Extras(np.concatenate(begins), (extras & ~JOINED).astype(np.int64), (extras & JOINED) != 0)
+            found += zip(*self._spans(number, first, last), index.ids(first, last), strict=True)
+        return found
+
+    def find_id(self, name: str) -> list[tuple[int, int]]:
+        """Positions [first, end) of every document, or piece of one, with this id. Reads all tables of ids once."""
+        return [span for number in range(len(self.shards)) for one in self._file("documents", number).find_id(name)
+                for span in zip(*self._spans(number, one, one + 1), strict=True)]
+
+    def _spans(self, number: int, first: int, last: int) -> tuple[list[int], list[int]]:
+        """First positions and ends of documents [first, last) of a shard."""
+        ends = self._file("documents", number).ends(max(first - 1, 0), last) + self._token_starts[number]
+        if first == 0:
+            ends = np.concatenate([[self._token_starts[number]], ends])
+        return ends[:-1].tolist(), ends[1:].tolist()
+
+    def extras(self, start: int, stop: int) -> Extras:
+        """Beginnings, prompts and groups of the documents that have a token in [start, stop), in order."""
+        self._check(start, stop)
+        found = [self._extras(number, a, b) for number, a, b in self._parts(start, stop)]
+        if len(found) == 1:
+            return found[0]
+        none = Extras(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
+        return Extras(*(np.concatenate(parts) for parts in zip(none, *found, strict=True)))
+
+    def _extras(self, number: int, a: int, b: int) -> Extras:
+        """Of the documents with a token in [a, b) of a shard."""
+        index = self._file("documents", number)
+        first, last = index.find(a, "right"), index.find(b - 1, "right") + 1
+        begins = np.empty(last - first, np.int64)
+        if first:
+            begins[:] = index.ends(first - 1, last - 1)
+        else:
+            begins[0] = 0
+            begins[1:] = index.ends(0, last - 1)
+        begins += self._token_starts[number]
+        if not self.shards[number].extras:
+            return Extras(begins, np.zeros(len(begins), np.int64), np.zeros(len(begins), bool))
+        words = self._file("extras", number).read(4 * first, 4 * last).view("<u4")
+        return Extras(begins, (words & PROMPT_MAX).astype(np.int64), words > PROMPT_MAX)
 
 
 @dataclasses.dataclass(frozen=True)
