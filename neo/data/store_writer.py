@@ -49,7 +49,7 @@ class ShardWriter:
             raise ValueError(f"document {document_id!r} of {len(tokens)} tokens cannot have a prompt of {prompt}")
         if prompt or joined:
             self._extras.extend([0] * (self.num_documents - len(self._extras)))
-            self._extras.append(prompt | (int(store.JOINED) if joined else 0))
+            self._extras.append(prompt | (store.JOINED if joined else 0))
         if self._file:
             self._file.write(tokens.data)
         else:

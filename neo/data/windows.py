@@ -38,10 +38,11 @@ def read_window(split: Any, start: int, length: int, source: int) -> Window:
         return Window(split.tokens(start, stop), split.document_ends(start, stop) - start, source)
     begins, prompts, joined = split.extras(start, stop)
     begins -= start
-    inside = begins > 0
+    after = int(begins[0] <= 0)  # the first document may begin before the window
+    ends = begins[after:]
+    borders = ends[~joined[after:]]
     masked = np.stack([np.maximum(begins, 0), np.minimum(begins + prompts, length + 1)], axis=1)
-    return Window(split.tokens(start, stop), begins[inside], source, begins[inside & ~joined],
-                  masked[(prompts > 0) & (masked[:, 1] > masked[:, 0])])
+    return Window(split.tokens(start, stop), ends, source, borders, masked[masked[:, 1] > masked[:, 0]])
 
 
 def assemble(windows: Sequence[Window], *, cross_document_attention: bool,

@@ -118,7 +118,7 @@ def write(folder, shapes, seq_len, shard_documents=1000, layout="flat"):
 
 @hypothesis.given(shapes=documents_strategy, seq_len=st.integers(1, 12), shard_documents=st.sampled_from([3, 1000]),
                   cross=st.booleans(), mask_eod=st.booleans())
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=70)
 def test_what_counts_in_the_loss_of_a_packed_store(tmp_path_factory, shapes, seq_len, shard_documents, cross, mask_eod):
     """The targets with loss: neighbours within a document beyond its prompt, each once unless a cut is between them;
     first tokens only after the end of another document, unless masked; nothing of the padding."""

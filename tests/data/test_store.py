@@ -216,7 +216,7 @@ def test_version_2_stays_readable():
 
 @hypothesis.given(shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=12),
                   shard_documents=st.integers(1, 5), a=st.integers(0, 120), b=st.integers(0, 120))
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 def test_extras_of_any_range(tmp_path_factory, shapes, shard_documents, a, b):
     folder = tmp_path_factory.mktemp("s")
     documents = [(f"d{i}", [5] * n, min(prompt, n + 1), joined) for i, (n, prompt, joined) in enumerate(shapes)]

@@ -16,7 +16,7 @@ EOD = 2
     shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=10),
     seq_len=st.integers(1, 12), batch_size=st.integers(1, 3), max_tokens=st.integers(0, 60), mask_eod=st.booleans(),
     packed=st.booleans())
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=70)
 def test_each_token_is_scored_as_in_training(tmp_path_factory, shapes, seq_len, batch_size, max_tokens, mask_eod, packed):
     documents = [(f"d{d}", [10 + 100 * d + i for i in range(length)], min(prompt, length + 1), joined)
                  for d, (length, prompt, joined) in enumerate(shapes)]

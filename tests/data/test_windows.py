@@ -95,7 +95,7 @@ def test_read_window_without_extras(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.booleans()), min_size=1, max_size=12), st.booleans(),
        st.booleans(), st.integers(1, 4), st.integers(0, 200), st.integers(1, 15))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_prompts_and_groups_against_reference(tmp_path_factory, shapes, cross, mask_eod, shard_documents, start, length):
     """Rows of windows anywhere, against the documents laid out token by token."""
     documents = [(f"d{i}", list(range(1, n + 1)), min(prompt, n + 1), joined) for i, (n, prompt, joined) in enumerate(shapes)]
