@@ -6,6 +6,7 @@ again by names and digests, and the manifest, written last, makes the source com
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ from neo.data.inputs import Inputs, find_inputs
 from neo.data.progress import Progress, say
 from neo.data.records import BAD_TEXT, ReadOptions, Tally
 from neo.data.tokenizer import JSON_FILE, MODEL_FILE, AnyTokenizer, Tokenizer
+from neo.data.transforms import Transforms
 from neo.data.workers import Workers
 from neo.errors import InputError, StoppedForPerson
 
@@ -31,13 +33,15 @@ BUCKET_BYTES = 256 << 20  # ours: text per bucket; a worker holds one bucket's t
 SMALLEST_PIECE, LARGEST_PIECE = 1 << 20, 64 << 20  # ours: text per piece of work, 64 pieces where that fits
 ONE_PROCESS_BYTES = 4 << 20  # ours: below this, starting processes takes longer than the work
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-SHARD_NAME = re.compile(r"(train|validation)-\d+-of-\d+\.(tokens|documents|array_record)")
+SHARD_NAME = re.compile(r"(train|validation)-\d+-of-\d+\.(tokens|documents|extras|array_record)")
+PACKINGS = ("concatenate", *store.PACKINGS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to prepare. `workers` 0 means all cores; `piece_bytes` and `bucket_bytes` are sizes of work, 0 = default.
 
+    `seq_len` is the length in tokens that `packing` best_fit packs documents for.
     Of these only `bucket_bytes` (through the order of documents) and what `arguments` lists change the output.
     """
 
@@ -50,6 +54,9 @@ class Request:
     seed: int = 0
     workers: int = 0
     layout: str = "flat"
+    transforms: Transforms = Transforms()
+    packing: str = "concatenate"
+    seq_len: int = 0
     overwrite: bool = False
     piece_bytes: int = 0
     bucket_bytes: int = BUCKET_BYTES
@@ -63,7 +70,13 @@ class Request:
     def arguments(self) -> dict[str, Any]:
         """What decides the content, besides the inputs: an existing output must have the same."""
         return {**self.options.arguments(), "validation": self.validation, "seed": self.seed,
-                "layout": self.layout, "tokenizer_sha256": self.tokenizer.sha256, "bucket_bytes": self.bucket_bytes}
+                "layout": self.layout, "tokenizer_sha256": self.tokenizer.sha256, "bucket_bytes": self.bucket_bytes,
+                **self.transforms.arguments(), **({"packing": self.pack} if self.pack else {})}
+
+    @property
+    def pack(self) -> dict[str, Any] | None:
+        """The manifest's words for how documents are packed; None where they follow one another."""
+        return None if self.packing == "concatenate" else {"kind": self.packing, "seq_len": self.seq_len}
 
     def check(self) -> None:
         """Raises InputError for values that make no sense."""
@@ -79,6 +92,18 @@ class Request:
             raise InputError(f"--seed={self.seed}: give a whole number from 0 to 2**64 - 1")
         if self.workers < 0:
             raise InputError(f"--workers={self.workers}: give a number of processes, or leave it out for all cores")
+        if self.packing not in PACKINGS:
+            raise InputError(f"--packing={self.packing}: choose one of {', '.join(PACKINGS)}")
+        if self.pack and self.seq_len < 2:
+            raise InputError(f"--packing={self.packing}: needs the sequence length of the phases that will read it: "
+                             "--seq_len=T, at least 2")
+        if self.seq_len and not self.pack:
+            raise InputError(f"--seq_len={self.seq_len}: only a packed store has a sequence length; add --packing=best_fit, "
+                             "or leave it out")
+        if self.options.bytes_field and not self.options.tokens_field:
+            raise InputError(f"--bytes_field={self.options.bytes_field}: the bytes of text are counted; only "
+                             "--tokens_field needs to be told")
+        self.transforms.check(self.options, self.tokenizer)
         if "://" in self.store:
             raise InputError(f"--out={self.store}: prepare writes to a local folder; copy the finished store")
 
@@ -118,7 +143,8 @@ def _run(request: Request, inputs: Inputs, work: str) -> dict[str, Any]:
     total = inputs.text_size
     piece_bytes = request.piece_bytes or min(max(total // 64, SMALLEST_PIECE), LARGEST_PIECE)
     settings = shuffle.Settings(request.folder, work, request.tokenizer, request.options, request.seed,
-                                max(1, -(-total // request.bucket_bytes)), request.layout)
+                                max(1, -(-total // request.bucket_bytes)), request.layout, request.validation,
+                                request.transforms, request.seq_len)
     limit = request.workers or (all_cores() if total > ONE_PROCESS_BYTES else 1)
     with Workers(limit, settings) as workers:
         parts, unreadable = _parts(inputs, piece_bytes, work, workers)
@@ -134,23 +160,23 @@ def _run(request: Request, inputs: Inputs, work: str) -> dict[str, Any]:
             with contextlib.suppress(OSError):
                 os.rmdir(request.store)  # only if there is nothing else in it
             raise InputError(_empty(request, facts))
-        shards, num_bytes, validation = _second_stage(settings, facts, paths, workers, request)
-    splits = {"train": store_writer.split_entry(shards, num_bytes),
-              "validation": store_writer.split_entry(*validation)}
+        written = _second_stage(settings, facts, paths, workers, request)
+    splits = {"train": store_writer.split_entry(written.shards, written.num_bytes),
+              "validation": store_writer.split_entry(*shuffle.write_validation(settings, written.buckets))}
     prepared = {"arguments": request.arguments,
                 "inputs": {"files": len(inputs.files), "bytes": sum(file.size for file in inputs.files),
                            "sha256": inputs.digest, "ignored": inputs.ignored},
                 **{kind: {reason: {"documents": count, "first": place[2]}
                           for reason, (count, place) in sorted(reasons.items())}
                    for kind, reasons in facts.tally.counts.items()},
-                "unreadable": facts.unreadable}
+                **written.facts, "unreadable": facts.unreadable}
     _remove_stale(request.folder, splits)
     if not _has_tokenizer(request):
         request.tokenizer.save(os.path.join(request.store, "tokenizer"))
     manifest = store_writer.write_manifest(
         request.folder, source=request.source, vocab_size=request.tokenizer.vocab_size,
         eod_id=request.tokenizer.eod_id, tokenizer_sha256=request.tokenizer.sha256, layout=request.layout,
-        splits=splits, prepare=prepared)
+        splits=splits, prepare=prepared, packing=request.pack)
     if not facts.unreadable:  # else the finished pieces save the work when the rest can be read
         shutil.rmtree(work)
     return manifest
@@ -217,13 +243,25 @@ def _first_stage(settings: shuffle.Settings, pieces: Sequence[shuffle.Piece], wo
     return paths
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """The training split: its shards' manifest entries and text bytes, and what the manifest tells besides."""
+
+    buckets: list[shuffle.Bucket]
+    shards: list[dict[str, Any]]
+    num_bytes: int
+    facts: dict[str, Any]
+
+
 def _second_stage(settings: shuffle.Settings, facts: shuffle.PieceFacts, paths: list[str], workers: Workers,
-                  request: Request) -> tuple[list[dict], int, tuple[list[dict], int]]:
-    """Write all shards; the train shards with their text bytes, and the same of the validation shard."""
+                  request: Request) -> _Written:
+    """Write all shards to train on, variant after variant, and set the held-out documents aside."""
     limit = held_out.settled_limit(request.validation, facts.documents, facts.lowest, facts.highest)
-    content = json.dumps([[os.path.basename(path) for path in paths], facts.as_json()])
+    content = json.dumps([[os.path.basename(path) for path in paths], facts.as_json(), settings.pack,
+                          settings.transforms.arguments()])
     digest = hashlib.sha256(content.encode()).hexdigest()
-    buckets = [shuffle.Bucket(number, tuple(paths), limit, digest) for number in range(settings.num_buckets)]
+    total = settings.num_buckets * settings.transforms.variants
+    buckets = [shuffle.Bucket(number, tuple(paths), limit, digest) for number in range(total)]
     results = {bucket.number: result for bucket in buckets if (result := bucket.finished(settings))}
     todo = [bucket for bucket in buckets if bucket.number not in results]
     size = facts.num_bytes // settings.num_buckets
@@ -231,12 +269,22 @@ def _second_stage(settings: shuffle.Settings, facts: shuffle.PieceFacts, paths: 
         for number, result in workers.map(shuffle.write_bucket, todo):
             results[todo[number].number] = result
             progress.advance(size)
-    shards = []
-    for number in range(settings.num_buckets):
-        facts.tally.merge(results[number]["tally"])
-        if results[number]["shard"]:
-            shards.append(results[number]["shard"])
-    return shards, sum(result["bytes"] for result in results.values()), shuffle.write_validation(settings, buckets)
+    done = [results[number] for number in range(total)]
+    for result in done:
+        facts.tally.merge(result["tally"])
+    shards = [result["shard"] for result in done if result["shard"]]
+    more: dict[str, Any] = {}
+    if settings.transforms.active:
+        counts: collections.Counter[str] = collections.Counter()
+        for result in done:
+            counts.update(result["transforms"])
+        more["transformed"] = dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))
+    if settings.pack:
+        packed = [result["packing"] for result in done]
+        more["packing"] = {name: sum(result[name] for result in packed) for name in packed[0]}
+        if shards:
+            shards.append(shuffle.write_end(settings))
+    return _Written(buckets, shards, sum(result["bytes"] for result in done), more)
 
 
 def _existing(request: Request, inputs: Inputs) -> dict[str, Any] | None:
@@ -325,7 +373,7 @@ def _remove_temporary(*folders: str) -> None:
 
 def _remove_stale(folder: str, splits: dict[str, Any]) -> None:
     """Remove shard files of an earlier attempt that the new manifest does not name."""
-    keep = {shard[kind] for split in splits.values() for shard in split["shards"] for kind in ("tokens", "documents")}
+    keep = {name for split in splits.values() for shard in split["shards"] for name in shard["sha256"]}
     for name in os.listdir(folder):
         if SHARD_NAME.fullmatch(name) and name not in keep:
             os.remove(os.path.join(folder, name))

@@ -22,20 +22,52 @@ COMMAND = Command(
         Argument("source", "name of the source, used in mixtures", default="", shown="required, except with --demo"),
         Argument("tokenizer", "tokenizer folder, Hugging Face folder or SentencePiece model; copied to OUT/tokenizer",
                  default="", shown="OUT/tokenizer"),
+        # What a document is made of.
         Argument("text_field", "field or column with the text", default="text"),
         Argument("id_field", "field or column with the document's id", default="", shown="path and row"),
+        Argument("prompt_field", "field with text that stands before the document's and is not learned", default=""),
+        Argument("group_field", "field with a name: documents of the same name stay together, in input order, on one "
+                                "side of the held-out split, and may see each other", default=""),
         Argument("tokens_field", "field with a list of token ids: records that are tokenized already, in place of text",
                  default=""),
         Argument("bytes_field", "with --tokens_field: field with the UTF-8 size of the text", default="",
                  shown="worked out from the tokens"),
-        Argument("validation", "share of the documents held out, chosen by a hash of their ids", default=0.001,
-                 type=float),
-        Argument("seed", "seed of the shuffle", default=0, type=int),
-        Argument("workers", "processes; the output does not depend on it", default=0, type=int, shown="all cores"),
         Argument("on_bad_text", "what to do with text that is not UTF-8", default="replace",
                  choices=("replace", "skip")),
+        # How the documents are ordered and stored.
+        Argument("validation", "share of the documents held out, chosen by a hash of their ids", default=0.001,
+                 type=float),
+        Argument("seed", "seed of the shuffle and of the transforms", default=0, type=int),
+        Argument("packing", "concatenate: documents follow one another, windows may begin anywhere; best_fit: documents "
+                            "are packed whole into windows of --seq_len tokens", default="concatenate",
+                 choices=("concatenate", "best_fit")),
+        Argument("seq_len", "with --packing=best_fit: sequence length of the phases that read the store", default=0,
+                 type=int, shown="required then"),
         Argument("layout", "how tokens are stored: flat (memory map), or compressed records", default="flat",
                  choices=("flat", "array_record")),
+        # What is done to documents to train on; those held out stay as they are.
+        Argument("fim_rate", "fill-in-the-middle: share of the documents", default=0.5, type=float,
+                 shown="0.5 where another --fim flag is given, else 0"),
+        Argument("fim_spm_rate", "fill-in-the-middle: share of these with the suffix first", default=0.5, type=float),
+        Argument("fim_tokens", "fill-in-the-middle: special tokens of prefix, suffix and middle",
+                 default="<fim_prefix>,<fim_suffix>,<fim_middle>"),
+        Argument("reverse", "what is reversed: token, word, or entity (words, but names stay as they are)", default="",
+                 choices=("token", "word", "entity"), shown="nothing"),
+        Argument("reverse_rate", "with --reverse: share of the documents", default=0.5, type=float),
+        Argument("canaries", "a .jsonl file of known documents to put among the others", default="", shown="none"),
+        Argument("canary_rate", "with --canaries: number of canaries per document, below 1", default=0.0, type=float,
+                 shown="required then"),
+        Argument("variants", "write every document so many times, each time transformed by new draws: one pass over "
+                             "the store is then so many epochs", default=1, type=int),
+        # A seqio Task or Mixture in place of INPUT and --source.
+        Argument("seqio_mixture", "a seqio Task or Mixture to prepare, one source for each Task; needs the extra [data]",
+                 default="", shown="none"),
+        Argument("module", "with --seqio_mixture: the module that registers it (my.tasks, or a path)", default="",
+                 shown="required then"),
+        Argument("split", "with --seqio_mixture: split to read", default="train"),
+        Argument("feature", "with --seqio_mixture: feature with the token ids", default="targets"),
+        # How it runs.
+        Argument("workers", "processes; the output does not depend on it", default=0, type=int, shown="all cores"),
         Argument("overwrite", "replace an output that was made differently", default=False, type=bool),
         Argument("demo", "prepare the demo: the interpreter's own standard library, with a tokenizer of its own",
                  default=False, type=bool),
@@ -44,6 +76,9 @@ COMMAND = Command(
         "python -m neo.data.prepare texts/ --out=data/mine --source=texts --tokenizer=data/mine/tokenizer",
         "python -m neo.data.prepare 'dump/*.jsonl.gz' hf:owner/name:train --out=data/x --source=web "
         "--tokenizer=tokenizers/t64k --text_field=content --id_field=url",
+        "python -m neo.data.prepare code.jsonl --out=data/x --source=code --fim_rate=0.5 --variants=4 "
+        "--packing=best_fit --seq_len=4096",
+        "python -m neo.data.prepare --seqio_mixture=my_mixture --module=my.tasks --out=data/mine",
     ),
 )
 
@@ -66,17 +101,43 @@ def run(args: Namespace) -> None:
         finish(out, manifests, "python -m neo.train --config=configs/neo_demo.py"
                + (f" --config.data.store={shlex.quote(out)}" if args.out else ""))
         return
+    if args.given & {"seqio_mixture", "module", "split", "feature"}:
+        from neo.data import seqio_prepare
+
+        seqio_prepare.run(args)
+        return
     for name in ("input", "out", "source"):
         if not getattr(args, name):
             raise InputError(f"{'INPUT' if name == 'input' else '--' + name} is missing; see --help")
+    transforms = _transforms(args)
     tokenizer = Tokenizer.load(args.tokenizer or _own_tokenizer(args.out))
     request = preparation.Request(
         inputs=args.input, store=args.out, source=args.source, tokenizer=tokenizer,
-        options=ReadOptions(args.text_field, args.id_field, args.on_bad_text, args.tokens_field, args.bytes_field),
-        validation=args.validation,
-        seed=args.seed, workers=args.workers, layout=args.layout, overwrite=args.overwrite)
+        options=ReadOptions(args.text_field, args.id_field, args.on_bad_text, args.tokens_field, args.bytes_field,
+                            args.prompt_field, args.group_field),
+        validation=args.validation, seed=args.seed, workers=args.workers, layout=args.layout, transforms=transforms,
+        packing=args.packing, seq_len=args.seq_len, overwrite=args.overwrite)
     manifest, there = preparation.prepare(request)
     finish(args.out, [(manifest, there)])
+
+
+def _transforms(args: Namespace) -> Any:
+    """The transforms that the flags ask for. Raises InputError for a flag that another one would have to give a meaning."""
+    from neo.data.canary import read_canaries
+    from neo.data.transforms import Transforms
+
+    for flag, needed in (("reverse_rate", "reverse"), ("canary_rate", "canaries"), ("canaries", "canary_rate")):
+        if flag in args.given and needed not in args.given:
+            raise InputError(f"--{flag}={getattr(args, flag)}: needs --{needed} too")
+    fim = args.given & {"fim_rate", "fim_spm_rate", "fim_tokens"}
+    if fim and not args.fim_rate and len(fim) > 1:
+        raise InputError(f"--fim_rate={args.fim_rate:g}: switches off what {', '.join(sorted(fim - {'fim_rate'}))} set; "
+                         "leave them out")
+    return Transforms(
+        fim_rate=args.fim_rate if fim else 0.0, fim_spm_rate=args.fim_spm_rate,
+        fim_tokens=tuple(args.fim_tokens.split(",")), reverse=args.reverse,
+        reverse_rate=args.reverse_rate if args.reverse else 0.0, variants=args.variants,
+        canaries=read_canaries(args.canaries, args.canary_rate, args.text_field) if args.canaries else None)
 
 
 def _own_tokenizer(out: str) -> str:
@@ -148,10 +209,12 @@ def table(manifests: list[dict[str, Any]]) -> list[str]:
     rows = [("source", "documents", "tokens", "bytes/token", "validation", "skipped")]
     for manifest in manifests:
         train, held = manifest["splits"]["train"], manifest["splits"]["validation"]
-        # The end-of-document tokens stand for no text.
-        tokens = train["tokens"] + held["tokens"] - train["documents"] - held["documents"]
+        packing = manifest["prepare"].get("packing")
+        documents = packing["documents"] if packing else train["documents"]  # the index counts pieces and padding
+        # The end-of-document tokens stand for no text, nor does padding.
+        tokens = train["tokens"] + held["tokens"] - documents - held["documents"] - (packing["padding"] if packing else 0)
         skipped = sum(entry["documents"] for entry in manifest["prepare"]["skipped"].values())
-        rows.append((manifest["source"], f"{train['documents']:,}", f"{train['tokens']:,}",
+        rows.append((manifest["source"], f"{documents:,}", f"{train['tokens']:,}",
                      f"{(train['bytes'] + held['bytes']) / max(tokens, 1):.2f}",
                      f"{held['documents']:,} documents, {held['tokens']:,} tokens", f"{skipped:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -164,11 +227,32 @@ def notes(manifest: dict[str, Any]) -> list[str]:
     name, prepared = manifest["source"], manifest["prepare"]
     lines = [f"{name}: {kind} {entry['documents']:,}: {reason} (first: {entry['first']})"
              for kind in ("skipped", "repaired") for reason, entry in prepared[kind].items()]
+    lines += _extras(manifest)
     if prepared["inputs"]["ignored"]:
         lines.append(f"{name}: {prepared['inputs']['ignored']:,} files of other types were left alone")
     if not manifest["splits"]["validation"]["documents"]:
         lines.append(f"{name}: no document is held out for validation"
                      + (" (there is only one)" if manifest["splits"]["train"]["documents"] == 1 else ""))
+    return lines
+
+
+def _extras(manifest: dict[str, Any]) -> list[str]:
+    """What was transformed, added and packed."""
+    name, prepared = manifest["source"], manifest["prepare"]
+    arguments, lines = prepared["arguments"], []
+    variants = f" in {arguments['variants']} variants" if "variants" in arguments else ""
+    counts = prepared.get("transformed", {})
+    canaries = {kind: count for kind, count in counts.items() if kind.startswith("canary/")}
+    if counts or variants:
+        words = [f"{count:,} {kind}" for kind, count in counts.items() if kind not in canaries]
+        words += [f"{sum(canaries.values()):,} canaries ({len(canaries)} different)"] if canaries else []
+        lines.append(f"{name}: transformed{variants}: {', '.join(words) or 'none'}")
+    if "packing" in prepared:
+        packing, seq_len = prepared["packing"], manifest["packing"]["seq_len"]
+        places = packing["bins"] * seq_len
+        lines.append(f"{name}: packed into {packing['bins']:,} windows of {seq_len:,} tokens, "
+                     f"{1 - packing['padding'] / max(places, 1):.2%} full; {packing['cut']:,} of {packing['documents']:,} "
+                     f"documents ({packing['cut'] / max(packing['documents'], 1):.2%}) are cut")
     return lines
 
 

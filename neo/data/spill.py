@@ -19,15 +19,20 @@ import numpy as np
 
 from neo.errors import InputError
 
-RECORD = struct.Struct("<16sIQIQQ")  # key, file, row, bytes of the id, tokens, bytes of text
+# Key, file, row, bytes of id and group, tokens, bytes of text, prompt, variant, flags, whether plain.
+RECORD = struct.Struct("<16sIQIIQQIHBB")
 TRAILER = struct.Struct("<QQQ8s")  # offset of the tables, number of runs, offset of the summary, magic
-MAGIC = b"NEOSPIL1"
+MAGIC = b"NEOSPIL2"
 RUN_BYTES = 64 << 20  # ours: tokens kept in memory before they are written as a run
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One tokenized document; `tokens` (with the end-of-document token) is raw little-endian."""
+    """One tokenized document; `tokens` (with the end-of-document token) is raw little-endian.
+
+    The first `prompt` tokens are not learned. `variant` counts from 0 the forms that one document is written in, `flags`
+    say what was done to it (transforms.NAMES), and a `plain` one is for validation alone.
+    """
 
     key: bytes
     file: int
@@ -35,35 +40,46 @@ class Record:
     id: str
     tokens: np.ndarray
     num_bytes: int
+    group: str = ""
+    prompt: int = 0
+    variant: int = 0
+    flags: int = 0
+    plain: bool = False
 
     def packed(self) -> bytes:
         """The record as it stands in a file."""
-        name = self.id.encode("utf-8")
-        return RECORD.pack(self.key, self.file, self.row, len(name), len(self.tokens), self.num_bytes) + name + (
-            self.tokens.tobytes())
+        name, group = self.id.encode("utf-8"), self.group.encode("utf-8")
+        return RECORD.pack(self.key, self.file, self.row, len(name), len(group), len(self.tokens), self.num_bytes,
+                           self.prompt, self.variant, self.flags, self.plain) + name + group + self.tokens.tobytes()
 
 
 def unpack(data: bytes | memoryview, dtype: np.dtype) -> Iterator[Record]:
     """The records of a stretch of bytes, in order; tokens are views of `data`."""
     view, position = memoryview(data), 0
     while position < len(view):
-        key, file, row, name_size, num_tokens, num_bytes = RECORD.unpack_from(view, position)
+        key, file, row, name_size, group_size, num_tokens, num_bytes, prompt, variant, flags, plain = RECORD.unpack_from(
+            view, position)
         position += RECORD.size
         name = str(view[position:position + name_size], "utf-8")
         position += name_size
+        group = str(view[position:position + group_size], "utf-8")
+        position += group_size
         tokens = np.frombuffer(view, dtype, num_tokens, position)
         position += num_tokens * dtype.itemsize
-        yield Record(key, file, row, name, tokens, num_bytes)
+        yield Record(key, file, row, name, tokens, num_bytes, group, prompt, variant, flags, bool(plain))
 
 
 class SpillWriter:
-    """Writes the file of one piece. Nothing added since `mark` counts after `roll_back`."""
+    """Writes the file of one piece. Nothing added since `mark` counts after `roll_back`.
 
-    def __init__(self, path: str, num_buckets: int):
+    Each of the variants has `num_buckets` buckets of its own, those of variant 0 first.
+    """
+
+    def __init__(self, path: str, num_buckets: int, variants: int = 1):
         self.path, self.num_buckets = path, num_buckets
         self._temporary = f"{path}.{os.getpid()}.tmp"
         self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by close)
-        self._buckets = [bytearray() for _ in range(num_buckets)]
+        self._buckets = [bytearray() for _ in range(num_buckets * variants)]
         self._held = 0
         self._runs: list[array.array] = []
         self._mark = (0, 0)
@@ -71,7 +87,7 @@ class SpillWriter:
     def add(self, record: Record) -> None:
         """Add a document to its bucket."""
         packed = record.packed()
-        self._buckets[bucket_of(record.key, self.num_buckets)] += packed
+        self._buckets[record.variant * self.num_buckets + bucket_of(record.key, self.num_buckets)] += packed
         self._held += len(packed)
         if self._held >= RUN_BYTES:
             self._flush()

@@ -82,7 +82,8 @@ def test_bytes_of_text_may_be_given(tokenizer, tmp_path):
 
 def test_records_that_cannot_be_used_are_counted(tokenizer, tmp_path):
     bad = [{"ids": [5, 300]}, {"ids": [-1]}, {"ids": "5 6"}, {"ids": [5.5]}, {"ids": [[5]]}, {"ids": [[5], [6, 7]]},
-           {"ids": []}, {"ids": [2 ** 70]}, {"ids": 5}, {"id": [5]}, {"ids": [tokenizer.eod_id]}, {"ids": [True]}, {"ids": {"a": 1}}]
+           {"ids": []}, {"ids": [2 ** 70]},
+           {"ids": 5}, {"id": [5]}, {"ids": [tokenizer.eod_id]}, {"ids": [True]}, {"ids": {"a": 1}}]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [{"ids": [5, 6]}, *bad]))
     table = pyarrow.table({"ids": pyarrow.array([[5, None], None, [7]], pyarrow.list_(pyarrow.int32()))})
