@@ -11,7 +11,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from neo.config.schema import Config, DataConfig, ModelConfig, PhaseConfig
 from neo.data import store, store_writer
+from neo.data.loader import TrainData, open_sources
 from neo.data.packing import best_fit, fill, pack
 from neo.data.windows import assemble, read_window
 from neo.errors import InputError
@@ -222,6 +224,35 @@ def test_shards_that_are_not_whole_bins_are_refused(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="packed for seq_len 16"):
         store.open_source(str(tmp_path))
+
+
+def test_a_run_reads_whole_bins(tmp_path):
+    """Over two epochs beside an unpacked source; another sequence length is refused."""
+    rng = np.random.default_rng(4)
+    for name, pack_for in (("packed", 16), ("plain", 0)):
+        documents = [(f"{name}{i}", rng.integers(4, 90, rng.integers(1, 40)).tolist()) for i in range(60)]
+        store_writer.write_source(str(tmp_path / name), name, {"train": documents}, vocab_size=100, eod_id=EOD,
+                                  tokenizer_sha256="ab" * 32, pack=pack_for)
+    bins = (store.open_source(str(tmp_path / "packed")).split("train").num_tokens - 1) // 16
+
+    def config(seq_len):
+        phase = PhaseConfig(name="one", tokens=seq_len * 4 * bins, seq_len=seq_len, global_batch=4,
+                            mixture={"packed": 1.0, "plain": 1.0})
+        return Config(name="tiny", model=ModelConfig(vocab_size=100), phases=(phase,),
+                      data=DataConfig(store=str(tmp_path), max_epochs=0))
+
+    sources = open_sources(config(16))
+    data = TrainData(config(16), sources)
+    addresses = [data.order.address(index) for index in range(data.order.num_sequences)]
+    starts = [address.start for address in addresses if address.source == "packed"]
+    assert sorted(starts) == sorted(2 * [16 * k for k in range(bins)]) and len(set(starts[:bins])) == bins
+    split = sources["packed"].split("train")
+    index = next(i for i, address in enumerate(addresses) if address.source == "packed")
+    expected = assemble([read_window(split, addresses[index].start, 16, 0)], cross_document_attention=False,
+                        mask_end_of_document=False)
+    assert data.row(index)["loss_mask"].tolist() == expected["loss_mask"][0].tolist()
+    with pytest.raises(InputError, match="packed for sequences of 16 tokens"):
+        TrainData(config(8), open_sources(config(8)))
 
 
 @pytest.mark.slow
