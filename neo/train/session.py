@@ -257,6 +257,8 @@ def require_same_run(before: Mapping[str, Any] | None, config: Config, steps_don
         old = dataclasses.replace(old, phases=(*old.phases[:begun - 1], current, *old.phases[begun:]))
     differences = identity_diff(old, config, begun)
     if differences:
+        only_mixture = all(line.startswith(f"config.phases[{begun - 1}].mixture:") for line in differences)
+        amend = "let the new mixture act from here on with --config.data.amend=True, " if only_mixture else ""
         raise InputError(f"workdir {workdir.path} holds a run with another identity: {'; '.join(differences)}; "
-                         "undo the change or give another --workdir")
+                         f"undo the change, {amend}or give another --workdir")
     return changes(from_dict(before), config)
