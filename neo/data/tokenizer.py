@@ -25,6 +25,7 @@ from neo.errors import InputError
 
 if TYPE_CHECKING:
     from neo.data.tokenizer_hf import HFTokenizer
+    from neo.data.tokenizer_words import Words
 
 AnyTokenizer: TypeAlias = Union["Tokenizer", "HFTokenizer"]  # quoted names cannot stand beside |
 
@@ -34,6 +35,8 @@ MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 META_FILE = "neo_tokenizer.json"
 STRETCH = 1 << 20  # ours: characters encoded at a time where that makes no difference; SentencePiece needs much memory
+FEW_CHARACTERS = 4096  # ours: texts up to here do not pay for finding the borders of words
+PAD_VOCAB_TO = 128  # the width of a matrix unit, and divisible over `tensor`
 LARGEST_MODEL_BYTES = 256 << 20  # ours: real models have 0.2 to 35 MB; anything beyond is not a tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of a piece, in SentencePiece and in GGUF
 
@@ -44,7 +47,7 @@ class Tokenizer:
 
     `add_bos`: the model that goes with it is trained on texts that begin with `bos_id` (Llama 2, Mistral), so documents
     and prompts do; for neo's own tokenizers they do not. Ids from `vocab_size` on (rows a model has only for padding)
-    decode to nothing.
+    decode to nothing; `padded_size`, where it is not 0, says how many rows a model for it should have.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -52,6 +55,7 @@ class Tokenizer:
     eod_id: int
     extra_tokens: tuple[str, ...] = ()
     add_bos: bool = False
+    padded_size: int = 0
 
     @staticmethod
     def load(path: str) -> AnyTokenizer:
@@ -93,6 +97,8 @@ class Tokenizer:
                 "eod_id": self.eod_id, "extra_tokens": list(self.extra_tokens)}
         if self.add_bos:
             meta |= {"version": 2, "add_bos": True}
+        if self.padded_size:
+            meta |= {"padded_vocab_size": self.padded_size}
         return {MODEL_FILE: self.model, META_FILE: write_meta(meta)}
 
     def save(self, folder: str) -> None:
@@ -101,9 +107,12 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hex digest over the model and its ids: two tokenizers with the same digest give the same tokens."""
+        """Hex digest over the model and its ids: two tokenizers with the same digest give the same tokens.
+
+        Padding is the model's matter and not in it.
+        """
         digest = hashlib.sha256()
-        for content in self.files().values():
+        for content in dataclasses.replace(self, padded_size=0).files().values():
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -137,6 +146,11 @@ class Tokenizer:
         """Number of ids, extra tokens included: ids are 0 .. vocab_size - 1."""
         return self.model_size + len(self.extra_tokens)
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows that a model's table should have: `padded_size`, or the next multiple of 128."""
+        return self.padded_size or next_multiple(self.vocab_size, PAD_VOCAB_TO)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with neither a first nor a last special token. Lone surrogates become question marks."""
         return [i for ids in self._encode_stretches(text) for i in ids]
@@ -151,12 +165,24 @@ class Tokenizer:
         `bos_id` comes first where prompts have it first (`add_bos`).
         """
         import numpy as np
-        parts = itertools.chain([[self.bos_id] * self.add_bos], self._encode_stretches(text), [[self.eod_id]])
-        return np.concatenate([np.array(ids, dtype) for ids in parts])
+        # SentencePiece is asked for each word once: see tokenizer_words. The ids are the same.
+        stretches = self.words.encode(_clean(text)) if self.words else self._encode_stretches(text)
+        parts = itertools.chain([[self.bos_id] * self.add_bos], stretches, [[self.eod_id]])
+        return np.concatenate([np.asarray(ids, dtype) for ids in parts])
+
+    @functools.cached_property
+    def words(self) -> Words | None:
+        """What encodes documents word by word, for models where that gives the same ids."""
+        from neo.data.tokenizer_words import Words, borders
+        pattern = borders(self.proto)
+        return Words(self.proto, pattern) if pattern else None
 
     def _encode_stretches(self, text: str) -> Iterator[list[int]]:
         """Ids of `text`, of a stretch of it at a time where cutting makes no difference."""
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        text = _clean(text)
+        if len(text) > FEW_CHARACTERS and self.words:
+            yield from (ids.tolist() for ids in self.words.encode(text))
+            return
         start = 0
         while len(text) - start > STRETCH and self._newline_separates:
             stop = text.rfind("\n", start, start + STRETCH) + 1
@@ -219,6 +245,22 @@ class Tokenizer:
         return np.array([*(p.type == BYTE for p in self.proto.pieces), *(False for _ in self.extra_tokens)], bool)
 
 
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def next_multiple(size: int, of: int) -> int:
+    """The smallest multiple of `of` that is not below `size`."""
+    return -(-size // of) * of
+
+
+def with_padding(tokenizer: AnyTokenizer, multiple: int) -> AnyTokenizer:
+    """The tokenizer with its vocabulary padded to the next multiple; recorded where that is not what 128 gives."""
+    size = tokenizer.vocab_size
+    rows = next_multiple(size, multiple)
+    return dataclasses.replace(tokenizer, padded_size=0 if rows == next_multiple(size, PAD_VOCAB_TO) else rows)
+
+
 def load_tokenizer(files: Mapping[str, bytes], where: str = "tokenizer") -> AnyTokenizer:
     """The tokenizer that these files are, whatever its kind; `where` names the place in messages.
 
@@ -234,13 +276,14 @@ def load_tokenizer(files: Mapping[str, bytes], where: str = "tokenizer") -> AnyT
     if meta is None:
         return from_model(files[MODEL_FILE], where)
     return from_model(files[MODEL_FILE], where, eod_id=meta["eod_id"], bos_id=meta["bos_id"],
-                      extra_tokens=meta["extra_tokens"], add_bos=meta["add_bos"])
+                      extra_tokens=meta["extra_tokens"], add_bos=meta["add_bos"], padded_size=meta["padded_vocab_size"])
 
 
 def read_meta(content: bytes, where: str) -> dict[str, Any]:
     """The checked content of neo_tokenizer.json, of any version, with all keys of the newest."""
     try:
-        meta = {"kind": "sentencepiece", "add_bos": False, "extra_tokens": [], "eos_ids": [], **json.loads(content)}
+        meta = {"kind": "sentencepiece", "add_bos": False, "extra_tokens": [], "eos_ids": [],
+                "padded_vocab_size": 0, **json.loads(content)}
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']!r}")
         if meta["version"] > VERSION:
@@ -248,10 +291,12 @@ def read_meta(content: bytes, where: str) -> dict[str, Any]:
                              f"{VERSION}; install a newer neo")
         if meta["kind"] not in ("sentencepiece", "huggingface"):
             raise ValueError(f"kind {meta['kind']!r}")
-        ids = [meta["bos_id"], meta["eod_id"], meta["vocab_size"], *meta["eos_ids"]]
+        ids = [meta["bos_id"], meta["eod_id"], meta["vocab_size"], meta["padded_vocab_size"], *meta["eos_ids"]]
         if not (all(type(i) is int for i in ids) and type(meta["add_bos"]) is bool
                 and all(isinstance(token, str) for token in meta["extra_tokens"])):
             raise ValueError("wrong types")
+        if meta["padded_vocab_size"] and meta["padded_vocab_size"] < meta["vocab_size"]:
+            raise ValueError(f"padded_vocab_size {meta['padded_vocab_size']}, vocab_size {meta['vocab_size']}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{store_files.join(where, META_FILE)}: damaged ({error!r}); copy or import it again") from error
     return meta
@@ -276,7 +321,7 @@ def save_files(files: Mapping[str, bytes], folder: str, last: str) -> None:
 
 
 def from_model(model: bytes, where: str, *, eod_id: int | None = None, bos_id: int | None = None,
-               extra_tokens: Sequence[str] = (), add_bos: bool = False) -> Tokenizer:
+               extra_tokens: Sequence[str] = (), add_bos: bool = False, padded_size: int = 0) -> Tokenizer:
     """A Tokenizer around the bytes of a SentencePiece model; `eod_id` defaults to the model's `</s>`.
 
     Raises InputError: not a SentencePiece model, not BPE or unigram, ids outside the vocabulary, no end token.
@@ -308,7 +353,7 @@ def from_model(model: bytes, where: str, *, eod_id: int | None = None, bos_id: i
                          f"{tokenizer.vocab_size}")
     if add_bos and bos_id < 0:
         raise InputError(f"{where}: texts are to begin with <s>, which the model does not have")
-    return Tokenizer(model, bos_id, eod_id, tuple(extra_tokens), add_bos)
+    return Tokenizer(model, bos_id, eod_id, tuple(extra_tokens), add_bos, padded_size)
 
 
 def read_file(path: str) -> bytes:

@@ -24,6 +24,7 @@ from neo.data.tokenizer import (
     META_FILE,
     MODEL_FILE,
     NORMAL,
+    PAD_VOCAB_TO,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -32,6 +33,7 @@ from neo.data.tokenizer import (
     Tokenizer,
     from_model,
     load_tokenizer,
+    next_multiple,
     read_file,
     read_meta,
     save_files,
@@ -72,7 +74,7 @@ class HFTokenizer:
     `contents` are the files of the tokenizer (name, bytes), sorted by name. `eos_ids` are all ids that end what the
     model writes; `eod_id`, one of them, ends a document. `add_bos`: documents and prompts begin with `bos_id`.
     `vocab_size` is the largest id + 1; special tokens with ids from there on are left out (a text model without the
-    image token).
+    image token). `padded_size`, where it is not 0: rows of the model it came with, which were more than its ids.
     """
 
     contents: tuple[tuple[str, bytes], ...] = dataclasses.field(repr=False)
@@ -81,12 +83,15 @@ class HFTokenizer:
     vocab_size: int
     add_bos: bool = False
     eos_ids: tuple[int, ...] = ()
+    padded_size: int = 0
 
     def files(self) -> dict[str, bytes]:
         """File name -> content of the tokenizer's folder: the files as they came, and neo_tokenizer.json."""
         meta = {"format": FORMAT, "version": VERSION, "kind": "huggingface", "vocab_size": self.vocab_size,
                 "bos_id": self.bos_id, "eod_id": self.eod_id, "eos_ids": list(self.eos_ids), "add_bos": self.add_bos,
                 DIGEST_KEY: hashlib.sha256(dict(self.contents)[JSON_FILE]).hexdigest()}
+        if self.padded_size:
+            meta |= {"padded_vocab_size": self.padded_size}
         return {**dict(self.contents), META_FILE: write_meta(meta)}
 
     def save(self, folder: str) -> None:
@@ -96,7 +101,7 @@ class HFTokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """Hex digest over tokenizer.json and the ids: two tokenizers with the same digest give the same tokens."""
-        files = self.files()
+        files = dataclasses.replace(self, padded_size=0).files()  # padding is the model's matter
         digest = hashlib.sha256()
         for name in (JSON_FILE, META_FILE):
             digest.update(hashlib.sha256(files[name]).digest())
@@ -109,6 +114,11 @@ class HFTokenizer:
     def description(self) -> dict[str, Any]:
         """The parsed tokenizer.json: model (with vocab and merges), normalizer, pre_tokenizer, decoder, ..."""
         return json.loads(dict(self.contents)[JSON_FILE])
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows that a model's table should have: `padded_size`, or the next multiple of 128."""
+        return self.padded_size or next_multiple(self.vocab_size, PAD_VOCAB_TO)
 
     def _processor(self, *, special_is_text: bool) -> Any:
         tk = need("tokenizers", extra="hf", why="a Hugging Face tokenizer")
@@ -371,7 +381,7 @@ def from_hf_files(files: Mapping[str, bytes], where: str, *, meta: Mapping[str, 
     if not 0 < meta["vocab_size"] <= size:
         raise InputError(f"{where}: vocab_size is {meta['vocab_size']}, but {JSON_FILE} has {size} ids")
     made = HFTokenizer(contents, meta["bos_id"], meta["eod_id"], meta["vocab_size"], meta["add_bos"],
-                       tuple(meta["eos_ids"]) or (meta["eod_id"],))
+                       tuple(meta["eos_ids"]) or (meta["eod_id"],), meta["padded_vocab_size"])
     if not all(0 <= i < made.vocab_size for i in (made.eod_id, *made.eos_ids)) or not (
             -1 + made.add_bos <= made.bos_id < made.vocab_size):
         raise InputError(f"{where}: eod_id {made.eod_id}, eos_ids {list(made.eos_ids)} or bos_id {made.bos_id} is "

@@ -34,7 +34,7 @@ def refusals(what: str) -> Iterator[None]:
 
 def special_ids(parsed: Any, size: int, added: Mapping[int, bool], files: Mapping[str, bytes], where: str,
                  eod_id: int | None) -> dict[str, Any]:
-    """bos_id, eod_id, eos_ids, add_bos and vocab_size from what a hub's folder says."""
+    """bos_id, eod_id, eos_ids, add_bos, vocab_size and padded_vocab_size from what a hub's folder says."""
     config, special, model, generation = (settings(files, name, where) for name in (CONFIG_FILE, SPECIAL_FILE, *ABOUT_IDS))
     text_model = model.get("text_config") if isinstance(model.get("text_config"), dict) else model
 
@@ -74,7 +74,8 @@ def special_ids(parsed: Any, size: int, added: Mapping[int, bool], files: Mappin
     told = config.get("add_bos_token")
     add_bos = told if isinstance(told, bool) else first is not None and first == bos
     return {"bos_id": bos if bos < size else -1, "eod_id": eod, "eos_ids": [eod, *(i for i in eos if i != eod)],
-            "add_bos": add_bos and 0 <= bos < size, "vocab_size": size}
+            "add_bos": add_bos and 0 <= bos < size, "vocab_size": size,
+            "padded_vocab_size": rows if type(rows) is int and rows > size else 0}
 
 
 def _first_of_template(parsed: Any) -> int | None:
@@ -128,4 +129,5 @@ def sentencepiece_of(files: Mapping[str, bytes], where: str, eod_id: int | None)
     kind = str(config.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast")
     add_bos = told if isinstance(told, bool) else kind in ADDS_BOS
     return from_model(files[MODEL_FILE], where, eod_id=eod if eod >= 0 else None, bos_id=bos,
-                      extra_tokens=tuple(later.values()), add_bos=add_bos and bos >= 0)
+                      extra_tokens=tuple(later.values()), add_bos=add_bos and bos >= 0,
+                      padded_size=rows if type(rows) is int and rows > own.vocab_size + len(later) else 0)
