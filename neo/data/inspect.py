@@ -1,0 +1,165 @@
+"""`python -m neo.data.inspect --config=FILE` or `STORE`: what a run will read, or what a token store holds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from neo.cli import JSON, Argument, Command, Namespace, main
+from neo.errors import InputError, StoppedForPerson, nearest
+
+if TYPE_CHECKING:
+    from neo.config import Config
+    from neo.data.inspect_samples import Sample
+    from neo.data.order import Order
+
+
+COMMAND = Command(
+    prog="neo.data.inspect",
+    summary="Show what a run reads of each source, as text, picture and samples; or what a token store holds.",
+    arguments=(
+        Argument("store", "a token store, or one source of it", default=None, positional=True),
+        Argument("config", "config file, or the name of a recipe: its plan, also before there is a store", default=None),
+        Argument("phase", "only this phase in the table and the samples", default="", shown="all phases"),
+        Argument("samples", "how many windows to show as text, spread over the phases; 0 = none", default=3, type=int),
+        Argument("chars", "characters of each document shown; 0 = all", default=400, type=int),
+        Argument("all", "every source by itself, also where they are many", type=bool),
+        Argument("out", "where the picture of a plan goes", default="inspect.png"),
+        Argument("verify", "read every file of the store and compare its sha256", type=bool),
+        JSON,
+    ),
+    examples=("python -m neo.data.inspect --config=configs/yulan_mini.py",
+              "python -m neo.data.inspect --config=mpt_7b --config.phases.main.tokens=2e11 --samples=0",
+              "python -m neo.data.inspect data/demo --verify"),
+    takes_overrides=True,
+)
+
+
+def run(args: Namespace) -> None:
+    """Show a plan, or a store."""
+    if bool(args.config) == bool(args.store):
+        raise InputError("give one of --config=FILE (the plan of a run) and STORE (what a token store holds)")
+    for name in ("samples", "chars"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name}={getattr(args, name)}: 0 or more is needed")
+    if args.config:
+        _inspect_plan(args)
+        return
+    for name in ("phase", "out"):
+        if name in args.given:
+            raise InputError(f"--{name} is of a plan, and a STORE has none: give --config=FILE")
+    if args.overrides:
+        raise InputError(f"--config.{args.overrides[0][0]} changes a plan, and a STORE has none: give --config=FILE")
+    _inspect_store(args)
+
+
+def _inspect_plan(args: Namespace) -> None:
+    from neo.config import load
+    from neo.data import store
+    from neo.data.inspect_plan import make_plan, to_json
+    from neo.data.inspect_plot import check_out, draw
+    from neo.data.inspect_text import plan_lines
+    from neo.data.order import Order
+    from neo.data.planning import check_epochs, planned_order, source_path
+
+    config = load(args.config, args.overrides)
+    names = [phase.name for phase in config.phases]
+    if args.phase and args.phase not in names:
+        raise InputError(f"--phase={args.phase}: there is no such phase{nearest(args.phase, names)}; "
+                         f"phases: {', '.join(names)}")
+    check_out(args.out)
+    order, sizes = planned_order(config)
+    plan = make_plan(config, order, sizes)
+    if not args.json:
+        print("\n".join([*plan_lines(plan, args.phase, everything=args.all), ""]))
+    there = [name for name, size in sizes.items() if size.origin == "store"]
+    sources, samples = {}, []
+    if there and (args.samples or args.verify):
+        sources = {name: store.open_source(source_path(config, name)) for name in there}
+        # Once more, for what only the stores can tell: sources packed for one sequence length.
+        tokens = {name: size.tokens for name, size in sizes.items()}
+        order = Order.create(config.phases, config.sources, tokens, config.data.seed,
+                             alignment={name: source.alignment for name, source in sources.items()})
+    if args.verify:
+        _verify(sources, args)
+    if sources and args.samples:
+        samples = _plan_samples(config, order, sources, args)
+    draw(plan, args.out)
+    if args.json:
+        _print_json({"plan": to_json(plan), "samples": samples, "picture": args.out})
+    else:
+        _print_samples(samples, args)
+        if not there and args.samples and not config.data.synthetic:
+            print(f"no samples: none of the sources is prepared ({plan.store})")
+        print(f"Wrote {args.out}")
+        given = [f"--config={args.config}", *(f"--config.{path}={text}" for path, text in args.overrides)]
+        print(f"Next: python -m neo.train {shlex.join(given)}{'' if there else ' --print_config'}")
+    try:
+        check_epochs(config, order, {name: size.tokens for name, size in sizes.items() if size.origin != "unknown"})
+    except InputError as error:
+        raise StoppedForPerson(str(error)) from None
+
+
+def _inspect_store(args: Namespace) -> None:
+    from neo.data.inspect_samples import store_samples
+    from neo.data.inspect_store import SAMPLE_LENGTH, describe, open_store, store_lines
+    from neo.data.tokenizer import Tokenizer
+
+    sources, folder = open_store(args.store)
+    facts = {name: describe(source) for name, source in sources.items()}
+    if not args.json:
+        print("\n".join([*store_lines(facts), ""]))
+    if args.verify:
+        _verify(sources, args)
+    samples: list[Sample] = []
+    if args.samples:
+        try:
+            tokenizer = Tokenizer.load(folder.rstrip("/") + "/tokenizer")
+        except InputError as error:
+            print(f"no samples: {error}", file=sys.stderr)
+        else:
+            fitting = {name: source for name, source in sources.items() if source.tokenizer_sha256 == tokenizer.sha256}
+            for name in sources.keys() - fitting.keys():
+                print(f"no samples of {name}: it was prepared with another tokenizer than {folder}/tokenizer", file=sys.stderr)
+            samples = list(store_samples(fitting, tokenizer, args.samples, SAMPLE_LENGTH))
+    if args.json:
+        _print_json({"store": args.store, "sources": facts, "samples": samples, "verified": args.verify})
+    else:
+        _print_samples(samples, args)
+
+
+def _plan_samples(config: Config, order: Order, sources: dict[str, Any], args: Namespace) -> list[Sample]:
+    from neo.data.inspect_samples import run_samples
+    from neo.data.sources import open_tokenizer
+    try:
+        tokenizer = open_tokenizer(config, sources)
+    except InputError as error:
+        print(f"no samples: {error}", file=sys.stderr)
+        return []
+    return list(run_samples(config, order, sources, tokenizer, args.samples, args.phase))
+
+
+def _verify(sources: dict[str, Any], args: Namespace) -> None:
+    from neo.data.inspect_store import verify_all
+    verify_all(sources)
+    if not args.json:
+        print(f"verified: every file of {', '.join(sources) or 'no source'} is what was written\n")
+
+
+def _print_samples(samples: list[Sample], args: Namespace) -> None:
+    from neo.data.inspect_samples import sample_lines, styles
+    style = styles()
+    for sample in samples:
+        for line in sample_lines(sample, args.chars, style):
+            print(line)
+
+
+def _print_json(tree: dict[str, Any]) -> None:
+    from neo.data.inspect_samples import sample_json
+    print(json.dumps({**tree, "samples": [sample_json(sample) for sample in tree["samples"]]}))
+
+
+if __name__ == "__main__":
+    main(COMMAND, run)
