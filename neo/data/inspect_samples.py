@@ -17,6 +17,7 @@ from neo.data.windows import assemble, read_window
 
 SHOWN_DOCUMENTS = 8  # ours: documents of a window shown without --chars=0
 RUNS = 200  # ours: changes between masked and not that a document's text is cut at; beyond them none are shown
+WORTH_IT = 40  # ours: characters that must be saved for a text to be cut; saying so takes 25
 LOOK_FOR = 1000  # ours: sequences looked through for one whose source has a store
 COLOURS = ("36", "33", "32", "35", "34", "31")  # ANSI, one document after the other
 BOLD, DIM = "1", "2"
@@ -188,7 +189,7 @@ def _shorten(runs: Sequence[tuple[str, bool]], chars: int) -> list[list[tuple[st
     Control characters are written out: a text may not steer the terminal.
     """
     total = sum(len(text) for text, _ in runs)
-    if chars and total > chars:
+    if chars and total > chars + WORTH_IT:
         head, tail = chars * 2 // 3, total - (chars - chars * 2 // 3)
         runs = [*_cut(runs, 0, head), (f"\n... {tail - head:,} characters ...\n", True), *_cut(runs, tail, total)]
     lines: list[list[tuple[str, bool]]] = [[]]
