@@ -98,8 +98,8 @@ def epoch_limit(config: Config, name: str) -> float:
 
 
 def over_limit(config: Config, order: Order, tokens: Mapping[str, int]) -> dict[str, float]:
-    """Source -> epochs of those that the whole run reads more often than their limit, by more than one step."""
-    used = order.tokens_by_source(order.num_steps)
+    """Source -> epochs of those that the run, up to train.steps, reads more often than their limit, by more than one step."""
+    used = order.tokens_by_source(min(config.train.steps or order.num_steps, order.num_steps))
     step = max(span.seq_len * span.global_batch for span in order.spans)  # phases are rounded up to whole steps
     return {name: used[name] / tokens[name] for name in order.sources
             if name in tokens and used[name] > epoch_limit(config, name) * tokens[name] + step}

@@ -137,4 +137,4 @@ def test_the_amendment_changed_what_came_after_it_and_is_in_the_state(legs):
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], int(sys.argv[6]), int(sys.argv[7]), sys.argv[8])
+    work(sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:6], *map(int, sys.argv[6:8]), sys.argv[8])
