@@ -16,6 +16,8 @@ from neo.convert.source import Source
 from neo.data.progress import amount
 from neo.train.progress import count
 
+SOURCES = 12   # ours: sources named in a row of the card's table of phases
+
 
 def model_card(source: Source, hf: Mapping[str, Any], command: str, num_parameters: int, num_bytes: int) -> str:
     """README.md as text.
@@ -94,8 +96,10 @@ def _training(source: Source) -> str:
     lines = ["## Training", "", _recipe(config, source), ""]
     lines += ["| phase | tokens | sequence | batch | learning rate | mixture |", "|---|---|---|---|---|---|"]
     for phase in config.phases:
-        total = sum(phase.mixture.values()) or 1.0
-        mixture = ", ".join(f"{name} {weight / total:.3g}" for name, weight in phase.mixture.items())
+        total = 1.0 if phase.mixture_unit == "epochs" else sum(phase.mixture.values()) or 1.0
+        largest = sorted(phase.mixture.items(), key=lambda item: -item[1])
+        mixture = ", ".join(f"{name} {weight / total:.3g}" for name, weight in largest[:SOURCES])
+        mixture += f", {len(largest) - SOURCES} more" * (len(largest) > SOURCES) + " (epochs)" * (phase.mixture_unit == "epochs")
         rate = f"{phase.lr_shape} {phase.peak_lr:g} to {phase.final_lr:g}"
         lines.append(f"| {phase.name} | {count(phase.tokens)} | {phase.seq_len} | {phase.global_batch} | {rate} | {mixture} |")
     lines += ["", f"Optimizer {optimizer.name}, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay "
