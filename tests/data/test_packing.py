@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import time
 
 import hypothesis
@@ -173,7 +174,8 @@ def test_a_packed_store(tmp_path, layout):
     a, b, c, d = ([10 + 100 * n + i for i in range(length)] + [EOD] for n, (length, _, _) in enumerate(shapes))
     pad = [EOD] * 8
     assert split.tokens(0, split.num_tokens).tolist() == a + b[16:] + b[:16] + c + d + pad[:1]
-    assert split.document_ids(0, split.num_tokens) == ["d0", "d1", "d1", "d2", "d3"]
+    for copy in (split, pickle.loads(pickle.dumps(split))):  # noqa: S301  (our own bytes)
+        assert copy.document_ids(0, split.num_tokens) == ["d0", "d1", "d1", "d2", "d3"]
     rows = assemble([read_window(split, start, 8, 0) for start in range(0, split.num_tokens - 1, 8)],
                     cross_document_attention=False, mask_end_of_document=False)
     assert rows["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 2], [1] * 8, [1] * 8, [1, 1, 1, 2, 2, 2, 2, 2]]
@@ -213,6 +215,15 @@ def test_joined_documents_stay_together(tmp_path):
     by_token = {int(t): int(s) for w, row in zip(windows, rows["segment_ids"], strict=True)
                 for t, s in zip(w.tokens[:-1], row, strict=True)}
     assert by_token[10] == by_token[110] and by_token[310] == by_token[410]
+
+
+def test_a_joined_document_apart_from_its_group_sees_nothing(tmp_path):
+    """A group of 8 and 4 tokens is cut between its documents; the second lies after a document of no group."""
+    source, _ = write(tmp_path, [(2, 0, False), (7, 0, False), (3, 0, True)], 8)
+    split = source.split("train")
+    assert split.tokens(0, 8).tolist() == [10, 11, EOD, 210, 211, 212, EOD, EOD]
+    row = assemble([read_window(split, 0, 8, 0)], cross_document_attention=False, mask_end_of_document=False)
+    assert row["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
 
 
 def test_shards_that_are_not_whole_bins_are_refused(tmp_path):
