@@ -99,7 +99,8 @@ def _training(source: Source) -> str:
         total = 1.0 if phase.mixture_unit == "epochs" else sum(phase.mixture.values()) or 1.0
         largest = sorted(phase.mixture.items(), key=lambda item: -item[1])
         mixture = ", ".join(f"{name} {weight / total:.3g}" for name, weight in largest[:SOURCES])
-        mixture += f", {len(largest) - SOURCES} more" * (len(largest) > SOURCES) + " (epochs)" * (phase.mixture_unit == "epochs")
+        mixture += f", {len(largest) - SOURCES} more" * (len(largest) > SOURCES)
+        mixture += " (epochs)" * (phase.mixture_unit == "epochs")
         rate = f"{phase.lr_shape} {phase.peak_lr:g} to {phase.final_lr:g}"
         lines.append(f"| {phase.name} | {count(phase.tokens)} | {phase.seq_len} | {phase.global_batch} | {rate} | {mixture} |")
     lines += ["", f"Optimizer {optimizer.name}, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay "
