@@ -1,11 +1,10 @@
-"""Reading bytes of store files: memory-mapped when local, cached range reads through fsspec otherwise.
+"""Reading bytes of store files: memory-mapped when local, through fsspec and the block cache otherwise.
 
 A reader object can be pickled: it carries the path only and opens its file again at first use.
 """
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import threading
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from neo.errors import InputError
+from neo.data import block_cache, remote
+from neo.data.block_cache import BLOCK_BYTES
+from neo.errors import InputError, RestartSafe
 
-BLOCK_BYTES = 1 << 20  # ours: one range request of a remote file; a window of 8192 tokens is 16 or 32 KiB
-CACHED_BLOCKS = 16  # ours: 16 MiB per open remote file at most
 RECORD_TOKENS = 8192  # ours: tokens per ArrayRecord record, the longest window of the first recipes
 
 
@@ -30,29 +29,31 @@ def join(path: str, *names: str) -> str:
     return "/".join([path.rstrip("/"), *names]) if is_url(path) else os.path.join(path, *names)
 
 
-def _remote(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url`, and the path within it."""
+def parent(path: str) -> str:
+    """Path or URL of the folder that `path` lies in."""
+    return path.rstrip("/").rpartition("/")[0] if is_url(path) else os.path.dirname(os.path.abspath(path))
+
+
+def _entries(url: str) -> list[dict[str, Any]] | None:
+    """fsspec's description of what lies directly in a remote folder; None where there is no such folder."""
+    def listing(fs: Any, path: str) -> list[dict[str, Any]]:
+        fs.invalidate_cache(path)  # s3fs and gcsfs remember listings for as long as the process lives
+        return fs.ls(path, detail=True)
     try:
-        import fsspec
-    except ImportError as error:
-        raise InputError(f"{url}: reading from a URL needs fsspec: pip install fsspec") from error
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise InputError(f"{url}: this kind of address needs one more package: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{url}: {error}") from error
+        return remote.ask(url, listing)
+    except FileNotFoundError:
+        return None
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["name"].rstrip("/").rsplit("/", 1)[-1]
 
 
 def list_sizes(folder: str) -> dict[str, int] | None:
     """Names and sizes in bytes of the files and links directly inside `folder`; None where there is no such folder."""
     if is_url(folder):
-        fs, path = _remote(folder)
-        try:
-            entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return None
-        return {e["name"].rstrip("/").rsplit("/", 1)[-1]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+        found = _entries(folder)
+        return None if found is None else {_name(e): int(e["size"] or 0) for e in found if e["type"] == "file"}
     if not os.path.isdir(folder):
         return None
     with os.scandir(folder) as entries:
@@ -62,12 +63,7 @@ def list_sizes(folder: str) -> dict[str, int] | None:
 def list_folders(folder: str) -> list[str]:
     """Sorted names of the folders directly inside `folder`; empty where there is no such folder."""
     if is_url(folder):
-        fs, path = _remote(folder)
-        try:
-            entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+        return sorted(_name(e) for e in _entries(folder) or () if e["type"] == "directory")
     if not os.path.isdir(folder):
         return []
     with os.scandir(folder) as entries:
@@ -77,20 +73,22 @@ def list_folders(folder: str) -> list[str]:
 def read_bytes(path: str) -> bytes:
     """The whole content of a small file. Raises FileNotFoundError where there is none."""
     if is_url(path):
-        fs, inner = _remote(path)
-        return fs.cat_file(inner)
+        return remote.ask(path, lambda fs, inner: fs.cat_file(inner))
     with open(path, "rb") as file:
         return file.read()
 
 
 def iterate_bytes(path: str, chunk: int = 1 << 24):
-    """The content of a file of any size, `chunk` bytes at a time."""
+    """The content of a file of any size, `chunk` bytes at a time. Never from the block cache."""
     if is_url(path):
-        fs, inner = _remote(path)
-        file = fs.open(inner, "rb")
-    else:
-        file = open(path, "rb")  # noqa: SIM115  (closed below)
-    with file:
+        def size(fs: Any, inner: str) -> int:
+            fs.invalidate_cache(inner)
+            return fs.info(inner)["size"]
+        stop = remote.ask(path, size)
+        for start in range(0, stop, chunk):
+            yield remote.ask(path, lambda fs, inner, at=start: fs.cat_file(inner, start=at, end=min(at + chunk, stop)))
+        return
+    with open(path, "rb") as file:
         while piece := file.read(chunk):
             yield piece
 
@@ -125,14 +123,14 @@ class LocalBytes:
 
 
 class RemoteBytes:
-    """A file behind a URL, read in blocks of 1 MiB of which the last 16 used are kept."""
+    """A file behind a URL, read in blocks of 1 MiB through the block cache.
+
+    Raises InputError where the file is gone or shorter than it was, RestartSafe where the store does not answer.
+    """
 
     def __init__(self, path: str, size: int):
         self.path, self.size = path, size
-        self._fs: Any = None
-        self._inner = ""
-        self._blocks: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._key = ""
 
     def __getstate__(self):
         return (self.path, self.size)
@@ -140,29 +138,52 @@ class RemoteBytes:
     def __setstate__(self, state):
         self.__init__(*state)
 
-    def _block(self, number: int) -> np.ndarray:
-        with self._lock:
-            if number in self._blocks:
-                self._blocks.move_to_end(number)
-                return self._blocks[number]
-            if self._fs is None:
-                self._fs, self._inner = _remote(self.path)
-        start = number * BLOCK_BYTES
-        data = self._fs.cat_file(self._inner, start=start, end=min(start + BLOCK_BYTES, self.size))
-        block = np.frombuffer(data, np.uint8)
-        with self._lock:
-            self._blocks[number] = block
-            while len(self._blocks) > CACHED_BLOCKS:
-                self._blocks.popitem(last=False)
-        return block
+    def _ask(self, action: Any) -> Any:
+        try:
+            return remote.ask(self.path, action, RestartSafe)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.path}: the file is gone, it was there when the store was opened; "
+                             "copy it again or prepare the source again") from error
+
+    def _fetch(self, numbers: list[int]) -> list[np.ndarray]:
+        """These blocks from the store, asked for all at once."""
+        starts = [number * BLOCK_BYTES for number in numbers]
+        ends = [min(start + BLOCK_BYTES, self.size) for start in starts]
+
+        def ranges(fs: Any, path: str) -> list[bytes]:
+            if len(starts) == 1:
+                return [fs.cat_file(path, start=starts[0], end=ends[0])]
+            pieces = fs.cat_ranges([path] * len(starts), starts, ends, on_error="return")
+            for piece in pieces:
+                if isinstance(piece, BaseException):
+                    raise piece
+            return pieces
+
+        pieces = self._ask(ranges)
+        for start, end, piece in zip(starts, ends, pieces, strict=True):
+            if len(piece) != end - start:
+                raise InputError(f"{self.path}: {len(piece)} bytes from byte {start} on where {end - start} should be: the "
+                                 "file was replaced after the store was opened; copy it again or prepare the source again")
+        return [np.frombuffer(piece, np.uint8) for piece in pieces]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop) as uint8."""
         if start >= stop:
             return np.zeros(0, np.uint8)
-        first, last = start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES
-        parts = [self._block(i)[max(start - i * BLOCK_BYTES, 0):stop - i * BLOCK_BYTES] for i in range(first, last + 1)]
+        if not self._key:
+            self._key = _remote_key(self._ask(lambda fs, path: fs.info(path)), self.path, self.size)
+        numbers = range(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)
+        blocks = block_cache.blocks([f"{self._key}-{number}" for number in numbers],
+                                    [min(BLOCK_BYTES, self.size - number * BLOCK_BYTES) for number in numbers],
+                                    lambda places: self._fetch([numbers[place] for place in places]))
+        parts = [block[max(start - number * BLOCK_BYTES, 0):stop - number * BLOCK_BYTES]
+                 for number, block in zip(numbers, blocks, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _remote_key(info: dict[str, Any], path: str, size: int) -> str:
+    """Name in the cache of what the remote file holds now; another one each time where the store does not tell."""
+    return block_cache.digest(path, size, remote.version(info) or os.urandom(16).hex())
 
 
 class FlatTokens:
@@ -181,8 +202,7 @@ class FlatTokens:
 class ArrayRecordTokens:
     """Tokens in ArrayRecord records of RECORD_TOKENS each; the last may be shorter.
 
-    The library reads local files only, so a remote shard is first copied to the local disk by fsspec (whole shards,
-    kept until the process ends).
+    The library reads local files only, so a remote shard is first copied as a whole to the block cache's folder.
     """
 
     def __init__(self, path: str, size: int, dtype: str):
@@ -201,12 +221,24 @@ class ArrayRecordTokens:
             from array_record.python.array_record_module import ArrayRecordReader
         except ImportError as error:
             raise InputError(f"{self.path}: this layout needs array_record: pip install array_record") from error
-        path = self.path
-        if is_url(path):
-            import fsspec
-            path = fsspec.open_local(f"simplecache::{path}")
+        path = self._local_copy() if is_url(self.path) else self.path
         # No read-ahead: windows are read in random order.
         return ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")
+
+    def _local_copy(self) -> str:
+        disk = block_cache.for_files()
+        try:
+            info = remote.ask(self.path, lambda fs, inner: fs.info(inner), RestartSafe)
+            path = disk.keep_file(_remote_key(info, self.path, self.size), self.size, lambda to: remote.ask(
+                self.path, lambda fs, inner: fs.get_file(inner, to), RestartSafe))
+        except FileNotFoundError as error:
+            raise InputError(f"{self.path}: the file is gone, it was there when the store was opened; "
+                             "copy it again or prepare the source again") from error
+        if path is None:
+            raise InputError(f"{self.path}: no room in {disk.folder} for its {self.size / 1e9:.3g}e9 bytes (at most "
+                             f"{disk.limit / 1e9:g}e9 in all): give another --config.data.cache=FOLDER or more "
+                             "data.cache_gb, or prepare the source with --layout=flat")
+        return path
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) in the stored type."""
