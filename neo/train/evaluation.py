@@ -26,6 +26,7 @@ class Evaluation(Hook):
         self._session = session
         self._data = None if session.config.data.synthetic else ValidationData(session.config, session.sources)
         self._steps: dict[float, Any] = {}
+        self._latest: tuple[int, dict[str, float]] = (-1, {})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,6 +35,11 @@ class Evaluation(Hook):
 
     def due(self, step: int, last: bool) -> bool:
         return bool(self.names) and every(self._session.config.eval.every_steps, step, last)
+
+    def measured(self, step: int, state: Mapping[str, Any]) -> tuple[dict[str, float], bool]:
+        """What `act` gives after this step, and whether it was evaluated for this call alone."""
+        fresh = self._latest[0] != step
+        return (self.act(step, state) if fresh else self._latest[1]), fresh
 
     def act(self, step: int, state: Mapping[str, Any]) -> dict[str, float]:
         session = self._session
@@ -52,4 +58,5 @@ class Evaluation(Hook):
         record["eval/loss"] = totals[0] / totals[2]
         record["eval/accuracy"] = totals[1] / totals[2]
         record["eval/bits_per_byte"] = totals[0] / math.log(2) / total_bytes
-        return {name: float(value) for name, value in record.items()}
+        self._latest = step, {name: float(value) for name, value in record.items()}
+        return self._latest[1]

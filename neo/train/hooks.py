@@ -160,7 +160,11 @@ def hooks_of(session: Session) -> list[Hook]:
     """The hooks of a run, in the order in which they act and see records."""
     config, primary = session.config, jax.process_index() == 0
     from neo.train.evaluation import Evaluation
-    hooks: list[Hook] = [Evaluation(session)]
+    evaluation = Evaluation(session)
+    hooks: list[Hook] = [evaluation]
+    if config.data.reweight_steps:
+        from neo.train.reweighting import Reweighting
+        hooks.append(Reweighting(session, evaluation))   # before Checkpoint, which then holds what was decided
     if config.eval.sample_every_steps and session.tokenizer is not None:
         hooks.append(lazy_hook("sample", session))
     hooks.append(Checkpoint(session))

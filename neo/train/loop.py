@@ -116,7 +116,8 @@ class Recorder:
                                                           if len(documents) > NAMED_DOCUMENTS else "")
         kept = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
         raise StoppedForPerson(f"{what} is {float(value)} at step {step + 1}; the parameters were kept as they were before "
-                               f"it and {kept}; documents of its batch: {named}")
+                               f"it and {kept}; documents of its batch: {named}; their text: python -m neo.data.trace "
+                               f"{session.workdir.path} --step={step + 1}")
 
 
 def train(session: Session, hooks: list[Hook]) -> None:

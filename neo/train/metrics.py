@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     "eval/accuracy": "share of held-out target tokens with the largest logit",
     "eval/bits_per_byte": "held-out bits per byte of UTF-8 text, over all sources",
     "eval/bits_per_byte/<source>": "the same for one source",
+    "data/weight/<source>": "share of the sequences that re-weighting gives a source from its next amendment on",
     "goodput/step": "share of the time since start spent in training steps",
     "goodput/data": "share spent waiting for data",
     "goodput/eval": "share spent in evaluation and sampling",

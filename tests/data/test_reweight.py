@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neo.data.reweight import capped, updated
+from neo.config.schema import Config, DataConfig, PhaseConfig
+from neo.data.amendments import Amendment
+from neo.data.order import Order
+from neo.data.planning import epoch_limit
+from neo.data.reweight import capped, most_shares, next_weights, updated
 
 LOSSES = {"web": 2.5, "code": 1.0, "books": 2.0}
 REFERENCES = {"web": 2.0, "code": 1.2, "books": 1.8}
@@ -100,3 +104,65 @@ def test_water_filling(pairs):
     below = [new[name] / weights[name] for name in new if weights[name] > 0 and new[name] < most[name] * (1 - 1e-6)]
     assert below == pytest.approx(below[:1] * len(below))
     assert all(new[name] == 0 for name in new if weights[name] == 0)
+
+
+T, BATCH, INTERVAL, LEAD = 16, 8, 10, 4
+PHASES = (PhaseConfig(name="one", tokens=T * BATCH * 95, seq_len=T, global_batch=BATCH, mixture={"a": 3.0, "b": 2.0, "c": 1.0},
+                      batch_ramp=(2, 4), batch_ramp_tokens=T * BATCH * 20),
+          PhaseConfig(name="two", tokens=T * 2 * BATCH * 20, seq_len=T * 2, global_batch=BATCH, mixture={"a": 1.0, "c": 1.0}))
+
+
+def reweighted(config, tokens, draw):
+    """The order after all decisions of a run with random losses, and the step at which one found too few tokens left."""
+    changes = []
+    order = Order.create(PHASES, "abc", tokens, 0)
+    for step in range(INTERVAL, order.num_steps - LEAD, INTERVAL):
+        at = step + LEAD
+        if order.phase_of_step(step) != order.phase_of_step(at):
+            continue
+        weights = next_weights(config, order, tokens, {name: draw.uniform(0, 4) for name in "abc"}, at)
+        if weights is None:
+            return order, at
+        changes.append(Amendment(at, order.first_index(at), PHASES[order.phase_of_step(at)].name, weights))
+        order = Order.create(PHASES, "abc", tokens, 0, changes)
+    return order, None
+
+
+@given(st.integers(0, 10_000), st.tuples(*[st.integers(2_000, 9_000)] * 3), st.sampled_from([1.0, 1.5, 4.0]))
+def test_a_run_stays_within_its_epoch_limits(seed, sizes, limit):
+    tokens = dict(zip("abc", sizes, strict=True))
+    config = Config(phases=PHASES, data=DataConfig(reweight_steps=INTERVAL, reweight_rate=3.0, max_epochs=limit,
+                                                   max_epochs_of={"c": 2.0}, reweight_reference=dict.fromkeys("abc", 1.0)))
+    most = {name: epoch_limit(config, name) * tokens[name] for name in "abc"}
+    order, stopped = reweighted(config, tokens, np.random.default_rng(seed))
+    second = order.spans[-1].first_step
+    if stopped is not None:
+        until = min(stopped + INTERVAL, second if stopped < second else order.num_steps)
+        before, later = order.tokens_by_source(stopped), order.tokens_by_source(order.num_steps)
+        if stopped < second:
+            later = {name: later[name] - order.tokens_by_source(second)[name] for name in "abc"}
+            before = {name: before[name] + later[name] for name in "abc"}
+        room = sum(max(most[name] - before[name], 0) for name in order.spans[-1].mixture.names + ("b",))
+        assert room < order.tokens_before(until) - order.tokens_before(stopped)
+        return
+    # What came before the first decision and what is left after the last one, 4 steps each, keep to the plan.
+    plan = Order.create(PHASES, "abc", tokens, 0)
+    start, used = plan.tokens_by_source(INTERVAL + LEAD), order.tokens_by_source(order.num_steps)
+    planned = {name: plan.tokens_by_source(plan.num_steps)[name] - plan.tokens_by_source(second)[name] for name in "abc"}
+    for name in "abc":
+        if start[name] + planned[name] <= most[name]:
+            assert used[name] <= most[name] + 2 * BATCH * T, "at most one step over"
+
+
+def test_most_shares_by_hand():
+    """b: 1000 tokens, read twice at most. Phase one has 100 windows of 10 by step 10, of which b had 50; phase two plans 20
+    of 20 for it. So 2000 - 500 - 400 = 1100 tokens are left, 110 windows for the 100 of the interval."""
+    phases = (PhaseConfig(name="one", tokens=10 * 10 * 30, seq_len=10, global_batch=10, mixture={"a": 1.0, "b": 1.0}),
+              PhaseConfig(name="two", tokens=20 * 10 * 4, seq_len=20, global_batch=10, mixture={"a": 1.0, "b": 1.0}))
+    tokens = {"a": 10_000, "b": 1000}
+    config = Config(phases=phases, data=DataConfig(reweight_steps=10, max_epochs=0, max_epochs_of={"b": 2}))
+    order = Order.create(phases, "ab", tokens, 0)
+    assert most_shares(config, order, tokens, 10, 0) == {"a": math.inf, "b": 1.1}
+    assert most_shares(config, order, tokens, 10, 2) == {"a": math.inf, "b": 1.08}
+    # 5 steps before the end of the phase only those 5 count: 50 windows.
+    assert most_shares(config, order, tokens, 25, 0)["b"] == (2000 - 1250 - 400) // 10 / 50
