@@ -371,6 +371,13 @@ def read_file(path: str) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--weights={text}: give numbers with commas between them, one for each INPUT") from None
+
+
 _TEXT = (
     Argument("text_field", "field or column with the text", default="text"),
     Argument("id_field", "field or column with the document's id", default="", shown="path and row"),
@@ -378,6 +385,8 @@ _TEXT = (
 )
 _OUT = Argument("out", "folder of the tokenizer, for example data/mine/tokenizer")
 _OVERWRITE = Argument("overwrite", "replace another tokenizer in that folder", default=False, type=bool)
+_PADDING = Argument("pad_vocab_to", "rows of the model's table: the next multiple of this", default=0, type=int,
+                    shown="128; 256 with --preset=map_neo")
 _INPUT = Argument("input", "as for neo.data.prepare: files, folders, globs, hf:NAME[/SUBSET][:SPLIT]", positional=True,
                   many=True)
 
@@ -396,9 +405,12 @@ COMMAND = Command(
                          default=0.001, type=float),
                 Argument("sample_bytes", "train on about so much text, chosen by document; needs 20 times this memory",
                          default=200_000_000, type=int),
-                *_TEXT, _OVERWRITE),
+                Argument("weights", "share of each INPUT in that text, in the same order: 0.5,0.3,0.2", default=(),
+                         type=_weights, shown="by size"),
+                _PADDING, *_TEXT, _OVERWRITE),
             examples=("python -m neo.data.tokenizer train texts/ --out=data/mine/tokenizer --vocab_size=8000",
-                      "python -m neo.data.tokenizer train 'web/*.jsonl.gz' code/ --out=tokenizers/t --preset=map_neo")),
+                      "python -m neo.data.tokenizer train 'web/*.jsonl.gz' code/ --weights=0.7,0.3 --out=tokenizers/t "
+                      "--preset=map_neo")),
         "import": Command(
             prog="import", summary="Take over a SentencePiece model, or the tokenizer of a Hugging Face folder.",
             arguments=(
@@ -408,14 +420,18 @@ COMMAND = Command(
                          shown="the model's </s>, the folder's eos_token"),
                 Argument("extra_token", "control token with the next id after a SentencePiece model's; may be repeated",
                          default=(), many=True),
+                dataclasses.replace(_PADDING, shown="the rows in the folder's config.json; 128"),
                 _OVERWRITE),
             examples=("python -m neo.data.tokenizer import tokenizer.model --out=data/mine/tokenizer",
                       "python -m neo.data.tokenizer import Llama-3.1-8B/ --out=tokenizers/llama3",
                       "python -m neo.data.tokenizer import neo_7b/ --out=tokenizers/neo --eod_id=64002 "
                       "--extra_token='<CLS>' --extra_token='<SEP>' --extra_token='<EOD>'")),
         "report": Command(
-            prog="report", summary="Bytes per token, byte pieces and round-trip failures of a tokenizer on a corpus.",
-            arguments=(Argument("tokenizer", "tokenizer folder or model", positional=True), _INPUT, *_TEXT, JSON),
+            prog="report",
+            summary="Bytes per token by source and language, byte pieces, speed and round-trip failures of a tokenizer.",
+            arguments=(Argument("tokenizer", "tokenizer folder or model", positional=True), _INPUT, *_TEXT,
+                       Argument("language_field", "field or column with the document's language", default="",
+                                shown="none: the script of most letters"), JSON),
             examples=("python -m neo.data.tokenizer report data/mine/tokenizer texts/",
                       "python -m neo.data.tokenizer report neo_7b/tokenizer.model 'web/*.jsonl.gz' --json")),
     },

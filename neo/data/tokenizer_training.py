@@ -1,17 +1,18 @@
-"""Training a SentencePiece model, and measuring how one does on a corpus."""
+"""Training a SentencePiece model on a sample of a corpus."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from neo.data import held_out
 from neo.data.documents import Document, ReadOptions, Tally, Unreadable, read_part, split_file
 from neo.data.inputs import Inputs, find_inputs
-from neo.data.tokenizer import AnyTokenizer, Tokenizer, from_model
+from neo.data.tokenizer import PAD_VOCAB_TO, Tokenizer, from_model, with_padding
 from neo.errors import InputError
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -23,13 +24,15 @@ _COMMON: dict[str, Any] = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """SentencePiece settings; how text is fed to the trainer; control tokens after the model, one of them the end."""
+    """SentencePiece settings; how text is fed to the trainer; control tokens after the model, one of them the end; and
+    what number of rows the model's table is padded to a multiple of."""
 
     options: Mapping[str, Any]
     sentence_characters: int
     whole_lines: bool
     extra_tokens: tuple[str, ...] = ()
     eod: int | None = None
+    pad_vocab_to: int = PAD_VOCAB_TO
 
 
 PRESETS = {
@@ -41,18 +44,20 @@ PRESETS = {
          "user_defined_symbols": ["\n", "\t"], "max_sentence_length": 1 << 16, "num_threads": 16},
         sentence_characters=4000, whole_lines=False),
     # The model MAP-NEO ships (read from multimodal-art-projection/Megatron-LM-NEO, neo/tokenizer.model), with the
-    # tokens Megatron adds at run time; documents end with <EOD>, not </s>.
+    # tokens Megatron adds at run time; documents end with <EOD>, not </s>. Megatron pads to 128 rows on each of the
+    # tensor-parallel devices, which were two for the 7B model: 64005 ids, 64256 rows.
     "map_neo": Preset(
         {**_COMMON, "input_sentence_size": 50_000_000, "shuffle_input_sentence": True, "max_sentence_length": 64000,
          "num_threads": 35},
         sentence_characters=16000, whole_lines=True,
-        extra_tokens=("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>"), eod=2),
+        extra_tokens=("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>"), eod=2, pad_vocab_to=256),
 }
 
 
-def train(texts: Iterable[str], vocab_size: int, preset: str = "default") -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, preset: str = "default", pad_vocab_to: int = 0) -> Tokenizer:
     """Train a tokenizer whose SentencePiece model has exactly `vocab_size` ids; the same texts give the same bytes.
 
+    `pad_vocab_to` 0 leaves the padding to the preset.
     Raises InputError: no text, vocabulary too large for the corpus or too small for its characters.
     """
     import sentencepiece
@@ -78,7 +83,8 @@ def train(texts: Iterable[str], vocab_size: int, preset: str = "default") -> Tok
             raise failure[0] from None
         raise InputError(_explain(str(error), vocab_size)) from error
     eod = None if chosen.eod is None else vocab_size + chosen.eod
-    return from_model(model.getvalue(), "trained model", eod_id=eod, extra_tokens=chosen.extra_tokens)
+    made = from_model(model.getvalue(), "trained model", eod_id=eod, extra_tokens=chosen.extra_tokens)
+    return with_padding(made, pad_vocab_to or chosen.pad_vocab_to)  # type: ignore[return-value]
 
 
 def _explain(text: str, vocab_size: int) -> str:
@@ -117,12 +123,29 @@ def _sentences(text: str, characters: int, whole_lines: bool) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What to train on: inputs as the user named them, how to read them, what is held out, how much at most."""
+    """What to train on: inputs as the user named them, how to read them, what is held out, how much at most.
+
+    `weights`, one for each input, are the shares of the text to train on; without them it is the inputs' own sizes.
+    """
 
     inputs: tuple[str, ...]
     options: ReadOptions = ReadOptions()
     validation: float = 0.001
     sample_bytes: int = 0
+    weights: tuple[float, ...] = ()
+
+    def check(self) -> None:
+        """Raises InputError for values that make no sense."""
+        if not 0 <= self.validation < 1:
+            raise InputError(f"--validation={self.validation}: give a share of the documents, 0 <= share < 1")
+        if not self.weights:
+            return
+        told = f"--weights={','.join(f'{weight:g}' for weight in self.weights)}"
+        if len(self.weights) != len(self.inputs):
+            raise InputError(f"{told}: {len(self.weights)} weights for {len(self.inputs)} inputs; give one for each INPUT, "
+                             "in the same order")
+        if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
+            raise InputError(f"{told}: weights are 0 or more, and one of them more than 0")
 
     def find(self) -> list[Inputs]:
         """Each input's files, on their own: the small-source rule of the held-out split goes by source."""
@@ -140,60 +163,75 @@ def read_documents(inputs: Inputs, options: ReadOptions, unreadable: list[str]) 
             unreadable.append(str(error))
 
 
-def training_texts(corpus: Corpus, unreadable: list[str]) -> Iterator[str]:
-    """Texts outside the validation split; of a corpus larger than `sample_bytes`, a sample chosen by hash of the id."""
-    groups = corpus.find()
-    total = sum(group.text_size for group in groups)
-    bound = held_out.RANGE if not 0 < corpus.sample_bytes < total else held_out.RANGE * corpus.sample_bytes // total
+def quotas(sizes: Sequence[int], weights: Sequence[float], sample_bytes: int) -> list[float]:
+    """Bytes to take of each input of these sizes, so that the shares are those of the weights.
 
-    def sampled(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    No text is taken twice: of an input that is too small for its share all is taken, and the others make up for it, by
+    their weights. `sample_bytes` 0 is as much as there is.
+    """
+    found = [0.0] * len(sizes)
+    missing = [i for i, weight in enumerate(weights) if weight > 0]
+    rest = float(sum(sizes[i] for i in missing))
+    rest = min(rest, sample_bytes) if sample_bytes > 0 else rest
+    while missing:
+        unit = rest / math.fsum(weights[i] for i in missing)
+        small = [i for i in missing if weights[i] * unit >= sizes[i]]
+        for i in small or missing:
+            found[i] = min(float(sizes[i]), weights[i] * unit)
+        if not small:
+            break
+        rest -= sum(sizes[i] for i in small)
+        missing = [i for i in missing if i not in small]
+    return found
+
+
+def largest_sample(sizes: Sequence[int], weights: Sequence[float]) -> int:
+    """Bytes of the largest sample that has the shares of the weights exactly."""
+    return int(min(size / weight for size, weight in zip(sizes, weights, strict=True) if weight) * math.fsum(weights))
+
+
+def training_texts(corpus: Corpus, unreadable: list[str], used: list[int] | None = None) -> Iterator[str]:
+    """Texts outside the validation split, a sample of them chosen by hash of the documents' ids.
+
+    The sample is `sample_bytes` of the whole corpus, or has the shares of the weights: see `quotas`. `used` is filled
+    with the UTF-8 bytes given of each input.
+    """
+    groups = corpus.find()
+    sizes = [group.text_size for group in groups]
+    total = sum(sizes)
+    if corpus.weights:
+        taken = quotas(sizes, corpus.weights, corpus.sample_bytes)
+        bounds = [held_out.RANGE if size <= part else int(held_out.RANGE * (part / size))
+                  for size, part in zip(sizes, taken, strict=True)]
+        bounds = [bound if weight else 0 for bound, weight in zip(bounds, corpus.weights, strict=True)]
+    else:
+        bounds = [held_out.RANGE * corpus.sample_bytes // total if 0 < corpus.sample_bytes < total else held_out.RANGE
+                  ] * len(groups)
+
+    def sampled(pairs: Iterable[tuple[str, str]], bound: int) -> Iterator[tuple[str, str]]:
         for document_id, text in pairs:
             if int.from_bytes(held_out.shuffle_key(0, document_id)[:8], "big") < bound:
                 yield document_id, text
 
-    for group in groups:
+    used = [] if used is None else used
+    used[:] = [0] * len(groups)
+    for number, (group, bound) in enumerate(zip(groups, bounds, strict=True)):
+        if not bound:
+            continue
         pairs = ((document.id, document.text) for document in read_documents(group, corpus.options, unreadable))
-        yield from held_out.without_held_out(sampled(pairs), corpus.validation)
+        for text in held_out.without_held_out(sampled(pairs, bound), corpus.validation):
+            used[number] += len(text.encode("utf-8", "replace"))
+            yield text
 
 
-def train_on(corpus: Corpus, task: tuple[int, str]) -> tuple[Tokenizer, list[str]]:
-    """`train` on a corpus, as a task for a worker process; returns also what could not be read."""
-    vocab_size, preset = task
+def train_on(corpus: Corpus, task: tuple[int, str, int]) -> tuple[Tokenizer, list[str], list[int]]:
+    """`train` on a corpus, as a task for a worker process; returns also what could not be read, and the bytes used of
+    each input. `task` is (vocab_size, preset, pad_vocab_to)."""
     unreadable: list[str] = []
+    used: list[int] = []
     try:
-        return train(training_texts(corpus, unreadable), vocab_size, preset), sorted(unreadable)
+        return train(training_texts(corpus, unreadable, used), *task), sorted(unreadable), used
     except InputError as error:
         if unreadable:
             raise InputError(f"{error}; {len(unreadable)} inputs could not be read, first {unreadable[0]}") from error
         raise
-
-
-def report(tokenizer: AnyTokenizer, corpus: Corpus) -> dict[str, Any]:
-    """How the tokenizer does on all documents of a corpus, held-out ones included.
-
-    bytes_per_token (UTF-8 bytes of text), byte_share (share of tokens that are single bytes), vocabulary_used (share
-    of ids that occur), round_trip_failures (documents that decode to something else) and the first such id.
-    """
-    import numpy as np
-
-    seen = np.zeros(tokenizer.vocab_size, np.int64)
-    documents = num_bytes = failures = 0
-    first_failure = None
-    unreadable: list[str] = []
-    for group in corpus.find():
-        for document in read_documents(group, corpus.options, unreadable):
-            ids = tokenizer.encode(document.text)
-            seen += np.bincount(np.array(ids, np.int64), minlength=tokenizer.vocab_size)
-            documents += 1
-            num_bytes += len(document.text.encode())
-            if tokenizer.decode(ids) != document.text:
-                failures += 1
-                first_failure = first_failure or document.id
-    if not documents:
-        raise InputError(f"empty corpus: no document in {' '.join(corpus.inputs[:3])}")
-    tokens = int(seen.sum())
-    byte_tokens = int(seen[tokenizer.byte_tokens].sum())
-    return {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "documents": documents, "bytes": num_bytes,
-            "tokens": tokens, "bytes_per_token": num_bytes / tokens, "byte_share": byte_tokens / tokens,
-            "vocabulary_used": float((seen > 0).mean()), "round_trip_failures": failures,
-            "first_round_trip_failure": first_failure, "unreadable": sorted(unreadable)}
