@@ -70,9 +70,10 @@ def find_sentinels(tokenizer: AnyTokenizer, names: tuple[str, ...]) -> Sentinels
     special = special_tokens(tokenizer)
     missing = [name for name in names if name not in special]
     if missing:
-        how = (f"take over the tokenizer with them: python -m neo.data.tokenizer import ... "
-               f"{' '.join(f'--extra_token={name!r}' for name in missing)}" if isinstance(tokenizer, Tokenizer) else
-               "name those of this tokenizer, or add them to its tokenizer.json")
+        how = "name those of this tokenizer, or add them to its tokenizer.json"
+        if isinstance(tokenizer, Tokenizer):
+            wanted = " ".join(f"--extra_token={name!r}" for name in (*tokenizer.extra_tokens, *missing))
+            how = f"make a tokenizer that has them: python -m neo.data.tokenizer import FOLDER --out=NEW_FOLDER {wanted}"
         raise InputError(f"--fim_tokens={','.join(names)}: {missing[0]} is no special token of the tokenizer"
                          f"{nearest(missing[0], list(special))}; {how}")
     return Sentinels(*(special[name] for name in names))

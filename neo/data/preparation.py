@@ -41,8 +41,8 @@ PACKINGS = ("concatenate", *store.PACKINGS)
 class Request:
     """What to prepare. `workers` 0 means all cores; `piece_bytes` and `bucket_bytes` are sizes of work, 0 = default.
 
-    `seq_len` is the length in tokens that `packing` best_fit packs documents for.
     Of these only `bucket_bytes` (through the order of documents) and what `arguments` lists change the output.
+    `seq_len` is the length in tokens that `packing` best_fit packs documents for, 0 with the other packing.
     """
 
     inputs: tuple[str, ...]
@@ -101,8 +101,8 @@ class Request:
             raise InputError(f"--seq_len={self.seq_len}: only a packed store has a sequence length; add --packing=best_fit, "
                              "or leave it out")
         if self.options.bytes_field and not self.options.tokens_field:
-            raise InputError(f"--bytes_field={self.options.bytes_field}: the bytes of text are counted; only "
-                             "--tokens_field needs to be told")
+            raise InputError(f"--bytes_field={self.options.bytes_field}: only records of token ids need it; add "
+                             "--tokens_field=NAME, or leave it out")
         self.transforms.check(self.options, self.tokenizer)
         if "://" in self.store:
             raise InputError(f"--out={self.store}: prepare writes to a local folder; copy the finished store")

@@ -9,7 +9,7 @@ from typing import Any
 from neo.cli import Argument, Command, Namespace, main
 from neo.errors import InputError, StoppedForPerson
 
-DEMO_VOCAB_SIZE = 4096  # model.vocab_size of configs/neo_demo.py
+DEMO_VOCAB_SIZE, DEMO_MAX_SEQ_LEN = 4096, 256  # of model in configs/neo_demo.py
 
 COMMAND = Command(
     prog="neo.data.prepare",
@@ -171,9 +171,16 @@ def finish(out: str, prepared: list[tuple[dict[str, Any], bool]], next_command: 
     print(f"    c.data.store = {out!r}")
     print(f"    c.model.vocab_size = {padded(vocab_size)}   # at least {vocab_size}")
     print(f"    mixture={weights!r}   # in each phase(...); these weights are the shares of the tokens")
+    packed = {manifest["source"]: manifest["packing"]["seq_len"] for manifest in everything if manifest.get("packing")}
+    for name, length in packed.items():
+        print(f"    seq_len={length}   # in each phase(...) that reads {name}, which is packed for it")
+    # Sources packed for different lengths cannot be in one phase; the one just written can be tried.
+    first = [manifest["source"] for manifest, _ in prepared]
+    seq_len = next((packed[name] for name in [*first, *packed] if name in packed), 0)
+    together = {name: weight for name, weight in weights.items() if packed.get(name, seq_len) == seq_len}
     print()
     print(f"Wrote {', '.join(os.path.join(out, manifest['source']) for manifest, _ in prepared)}")
-    print(f"Next: {next_command or try_command(out, weights, vocab_size)}")
+    print(f"Next: {next_command or try_command(out, together, vocab_size, seq_len)}")
     unreadable = [name for manifest, _ in prepared for name in manifest["prepare"].get("unreadable", ())]
     if unreadable:
         raise StoppedForPerson(f"{len(unreadable)} inputs could not be read, the others were used: "
@@ -181,13 +188,17 @@ def finish(out: str, prepared: list[tuple[dict[str, Any], bool]], next_command: 
                                "Repair them and run the same command again")
 
 
-def try_command(out: str, weights: dict[str, float], vocab_size: int) -> str:
-    """A training command that runs as it stands: the demo's model on these sources."""
+def try_command(out: str, weights: dict[str, float], vocab_size: int, seq_len: int = 0) -> str:
+    """A training command that runs as it stands: the demo's model on these sources, at `seq_len` where they are packed."""
     mixture = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
     workdir = f"runs/{os.path.basename(os.path.abspath(out))}"
     words = ["python", "-m", "neo.train", "--config=neo_demo", f"--workdir={workdir}",
              f"--config.data.store={out}",
              f"--config.phases.main.mixture={mixture}"]
+    if seq_len:
+        words.append(f"--config.phases.main.seq_len={seq_len}")
+    if seq_len > DEMO_MAX_SEQ_LEN:
+        words.append(f"--config.model.max_seq_len={seq_len}")
     if vocab_size > DEMO_VOCAB_SIZE:
         words.append(f"--config.model.vocab_size={padded(vocab_size)}")
     return shlex.join(words)

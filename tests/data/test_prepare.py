@@ -403,7 +403,8 @@ def test_a_large_vocabulary_is_part_of_the_command_to_try():
     assert prepare.try_command("data/my store", {"a": 0.25, "b": 0.75}, 5000) == (
         "python -m neo.train --config=neo_demo '--workdir=runs/my store' '--config.data.store=data/my store' "
         "--config.phases.main.mixture=a=0.25,b=0.75 --config.model.vocab_size=5120")
-    assert config.load("neo_demo").model.vocab_size == prepare.DEMO_VOCAB_SIZE
+    model = config.load("neo_demo").model
+    assert (model.vocab_size, model.max_seq_len) == (prepare.DEMO_VOCAB_SIZE, prepare.DEMO_MAX_SEQ_LEN)
 
 
 def test_wrong_command_lines_are_one_line_and_write_nothing(folder, tokenizer, tmp_path, capsys, monkeypatch):

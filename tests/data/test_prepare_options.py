@@ -357,7 +357,13 @@ def test_the_command_transforms_and_packs(folder, tokenizer, canaries, tmp_path,
     ended = invoked(prepare.COMMAND, prepare.run, arguments)
     assert ended.code == 0, ended.err
     assert "web: transformed in 2 variants: " in ended.out and " fim_spm, " in ended.out and "fim_psm" not in ended.out
-    assert "windows of 64 tokens" in ended.out
+    assert "windows of 64 tokens" in ended.out and "    seq_len=64   # in each phase(...) that reads web" in ended.out
+    assert ended.out.splitlines()[-1].endswith("--config.phases.main.mixture=web=1 --config.phases.main.seq_len=64")
+    # Another source, packed for another length: the command to try leaves out the first.
+    arguments = [folder, f"--out={tmp_path / 'out'}", "--source=more", "--packing=best_fit", "--seq_len=512"]
+    ended = invoked(prepare.COMMAND, prepare.run, arguments)
+    assert "--config.phases.main.mixture=more=0." in ended.out and "web=" not in ended.out.splitlines()[-1]
+    assert "--config.phases.main.seq_len=512 --config.model.max_seq_len=512" in ended.out.splitlines()[-1]
     arguments = json.loads((tmp_path / "out" / "web" / "manifest.json").read_text())["prepare"]["arguments"]
     assert arguments["fim"]["rate"] == arguments["reverse"]["rate"] == 0.5 and arguments["variants"] == 2
     assert arguments["group_field"] == "repo" and arguments["packing"] == {"kind": "best_fit", "seq_len": 64}

@@ -136,8 +136,10 @@ def test_documents_that_draw_nothing_are_plain(tokenizer):
 @pytest.mark.parametrize("names, message", [
     (("<fim_prefix>", "<fim_suffix>"), "three different"), (("<fim_prefix>",) * 3, "three different"),
     (("<fim_prefix>", "<fim_sufix>", "<fim_middle>"), "<fim_sufix> is no special token of the tokenizer (did you mean "
-                                                      "'<fim_suffix>'?); take over the tokenizer with them: python -m "
-                                                      "neo.data.tokenizer import ... --extra_token='<fim_sufix>'"),
+                                                      "'<fim_suffix>'?); make a tokenizer that has them: python -m "
+                                                      "neo.data.tokenizer import FOLDER --out=NEW_FOLDER "
+                                                      "--extra_token='<fim_prefix>' --extra_token='<fim_suffix>' "
+                                                      "--extra_token='<fim_middle>' --extra_token='<fim_sufix>'"),
     (("<fim_prefix>", "the", "<fim_middle>"), "the is no special token")])
 def test_tokens_that_the_tokenizer_lacks(tokenizer, names, message):
     with pytest.raises(InputError) as caught:
