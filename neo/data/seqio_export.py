@@ -10,7 +10,6 @@ which the parent keeps in a file: TensorFlow prints a lot, whatever it is told.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
 import os
@@ -81,19 +80,24 @@ def _parameters(step: Any) -> Sequence[str]:
         return []
 
 
-def examples(task: Any, dataset: Any, export: Export) -> Iterator[tuple[str, np.ndarray]]:
-    """(document id, token ids [n]) of each example, in order."""
+def examples(task: Any, dataset: Any, export: Export) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(document id, token ids [n], those of its prompt [m]) of each example, in order."""
     spec = dataset.element_spec
-    for field in filter(None, (export.feature, export.id_field)):
+    fields = [name for name in (export.feature, export.prompt, export.id_field) if name]
+    for field in fields:
         if field not in spec:
             raise InputError(f"task {task.name}: its examples have no {field!r}{nearest(field, spec)} (they have "
                              f"{', '.join(spec)})")
-    wanted = {name: spec[name] for name in (export.feature, export.id_field) if name}
+    import tensorflow as tf
+
+    chosen = tf.autograph.experimental.do_not_convert(lambda example: {name: example[name] for name in fields})
+    nothing = np.zeros(0, np.int64)
     count = 0
     try:
-        for example in dataset.map(lambda one: {name: one[name] for name in wanted}).as_numpy_iterator():
+        for example in dataset.map(chosen).as_numpy_iterator():
             count += 1
-            yield _identity(task, example, export.id_field, count), np.asarray(example[export.feature])
+            yield (_identity(task, example, export.id_field, count), np.asarray(example[export.feature]),
+                   np.asarray(example[export.prompt]) if export.prompt else nothing)
     except (NeoError, OSError, GeneratorExit):
         raise
     except Exception as error:
@@ -141,7 +145,7 @@ class Comparison:
 
 def write_task(seqio: ModuleType, planned: PlannedTask, tokenizer: AnyTokenizer, export: Export,
                tell: Callable[..., None]) -> dict[str, Any]:
-    """Write one task's documents as .parquet files with columns id, tokens, bytes; returns its facts.
+    """Write one task's documents as .parquet files with columns id, tokens, prompt, bytes; returns its facts.
 
     A finished folder of the same key is left as it is. Token ids have no end-of-document: preparation puts it there.
     """
@@ -162,12 +166,13 @@ def write_task(seqio: ModuleType, planned: PlannedTask, tokenizer: AnyTokenizer,
     facts, last = Facts(), time.monotonic()
     comparison = Comparison(vocabulary, tokenizer, facts)
     writer = PartWriter(folder)
-    for name, ids in examples(planned.task, open_dataset(seqio, planned.task, export.split), export):
-        ids = without_ends(ids, ends, tokenizer)
+    for name, ids, prompt in examples(planned.task, open_dataset(seqio, planned.task, export.split), export):
+        ids, prompt = without_ends(ids, ends, tokenizer), without_ends(prompt, ends, tokenizer)
         if not len(ids):
             facts.empty += 1
             continue
-        low, high = int(ids.min()), int(ids.max())
+        both = np.concatenate([prompt, ids])
+        low, high = int(both.min()), int(both.max())
         if low < 0 or high >= tokenizer.vocab_size:
             raise StoppedForPerson(f"task {planned.task.name}, document {name}: token id {low if low < 0 else high} is "
                                    f"outside the vocabulary of {tokenizer.vocab_size}")
@@ -177,8 +182,11 @@ def write_task(seqio: ModuleType, planned: PlannedTask, tokenizer: AnyTokenizer,
         facts.documents += 1
         facts.tokens += len(ids)
         facts.bytes += size
-        facts.inner_ends += bool(np.isin(ids, list(ends)).any())
-        writer.add(name, np.concatenate([first, ids]), size)
+        facts.inner_ends += bool(np.isin(both, list(ends)).any())
+        if len(prompt):
+            writer.add(name, ids, np.concatenate([first, prompt]), size)
+        else:
+            writer.add(name, np.concatenate([first, ids]), prompt, size)
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
             tell(progress=[planned.source, facts.documents, facts.tokens])
@@ -201,18 +209,18 @@ def without_ends(ids: np.ndarray, ends: set[int], tokenizer: AnyTokenizer) -> np
 
 
 class PartWriter:
-    """Writes part-00000.parquet, ... with columns id, tokens, bytes; each file appears when it is whole."""
+    """Writes part-00000.parquet, ... with columns id, tokens, prompt, bytes; each file appears when it is whole."""
 
     def __init__(self, folder: str):
         self.folder, self.number = folder, 0
         self._writer: Any = None
-        self._rows: list[tuple[str, np.ndarray, int]] = []
+        self._rows: list[tuple[str, np.ndarray, np.ndarray, int]] = []
         self._tokens = self._in_file = 0
 
-    def add(self, name: str, ids: np.ndarray, size: int) -> None:
-        """One more document."""
-        self._rows.append((name, ids.astype(np.int32), size))
-        self._tokens += len(ids)
+    def add(self, name: str, ids: np.ndarray, prompt: np.ndarray, size: int) -> None:
+        """One more document: token ids [n], those of its prompt [m], bytes of its text."""
+        self._rows.append((name, ids.astype(np.int32), prompt.astype(np.int32), size))
+        self._tokens += len(ids) + len(prompt)
         if self._tokens >= GROUP_TOKENS or len(self._rows) >= GROUP_TOKENS // 64:
             self._flush()
         if self._in_file >= FILE_TOKENS:
@@ -223,13 +231,6 @@ class PartWriter:
         self._flush()
         self._finish()
 
-    @functools.cached_property
-    def _schema(self) -> Any:
-        import pyarrow
-
-        return pyarrow.schema([("id", pyarrow.string()), ("tokens", pyarrow.list_(pyarrow.int32())),
-                               ("bytes", pyarrow.int64())])
-
     def _path(self) -> str:
         return os.path.join(self.folder, f"part-{self.number:05d}.parquet")
 
@@ -239,13 +240,17 @@ class PartWriter:
 
         if not self._rows:
             return
+
+        def lists(arrays: Sequence[np.ndarray]) -> Any:
+            offsets = np.concatenate([[0], np.cumsum([len(one) for one in arrays])]).astype(np.int32)
+            return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(arrays)))
+
+        names, ids, prompts, sizes = zip(*self._rows, strict=True)
+        table = pyarrow.table({"id": pyarrow.array(names, pyarrow.string()), "tokens": lists(ids),
+                               "prompt": lists(prompts), "bytes": pyarrow.array(sizes, pyarrow.int64())})
         if self._writer is None:
-            self._writer = pyarrow.parquet.ParquetWriter(self._path() + ".tmp", self._schema, compression="zstd")
-        names, ids, sizes = zip(*self._rows, strict=True)
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int32)
-        tokens = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(ids)))
-        columns = [pyarrow.array(names, pyarrow.string()), tokens, pyarrow.array(sizes, pyarrow.int64())]
-        self._writer.write_table(pyarrow.Table.from_arrays(columns, schema=self._schema))
+            self._writer = pyarrow.parquet.ParquetWriter(self._path() + ".tmp", table.schema, compression="zstd")
+        self._writer.write_table(table)
         self._in_file += self._tokens
         self._rows, self._tokens = [], 0
 

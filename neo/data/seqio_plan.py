@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,8 @@ SOURCE_NAMES_TAKEN = ("tokenizer", "mixtures")
 class Export:
     """What the child is asked for: a Task or Mixture `name` of `module`; `work` is the folder it writes to.
 
-    `tokenizer` is the user's choice; `store_tokenizer` the one that the store has already, if it has one.
+    `feature` holds the token ids, `prompt` (if any) those that stand before them and are not learned. `tokenizer` is the
+    user's choice; `store_tokenizer` the one that the store has already, if it has one.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Export:
     work: str
     split: str = "train"
     feature: str = "targets"
+    prompt: str = ""
     id_field: str = ""
     tokenizer: str = ""
     store_tokenizer: str = ""
@@ -160,9 +163,9 @@ def plan(seqio: ModuleType, export: Export) -> tuple[list[PlannedTask], AnyToken
         raise InputError(f"--split={export.split}: {hint}")
     tasks = [task for task, _ in rates.values()]
     _, tokenizer = find_tokenizer(seqio, tasks, export)
-    others = sorted({feature for task in tasks for feature in task.output_features} - {export.feature})
+    others = sorted({feature for task in tasks for feature in task.output_features} - {export.feature, export.prompt})
     if others:
-        notes.append(f"only {export.feature} is used, not {', '.join(others)}; choose with --feature")
+        notes.append(f"only {export.feature} is used, not {', '.join(others)}; choose with --feature and --prompt_field")
     planned, sources = [], {}
     for name, (task, rate) in rates.items():
         source = source_name(task)
@@ -183,23 +186,25 @@ def find_tokenizer(seqio: ModuleType, tasks: Sequence[Any], export: Export) -> t
     That is --tokenizer where given, else the store's, else the vocabulary's model (with extra ids, as the vocabulary has
     them) and, where the model lies in a tokenizer folder of neo, what that says about the end of a document.
     """
-    features = {task.name: task.output_features.get(export.feature) for task in tasks}
-    for task in tasks:
-        feature = features[task.name]
+    features = []
+    for task, name in itertools.product(tasks, filter(None, (export.feature, export.prompt))):
+        feature = task.output_features.get(name)
         if feature is None:
-            raise InputError(f"task {task.name} has no feature {export.feature!r}; "
-                             f"give one that it has: --feature={' or '.join(task.output_features)}")
+            flag = "feature" if name == export.feature else "prompt_field"
+            raise InputError(f"task {task.name} has no feature {name!r}; "
+                             f"give one that it has: --{flag}={' or '.join(task.output_features)}")
         if getattr(feature, "rank", 1) != 1 or not hasattr(feature, "vocabulary"):
-            raise InputError(f"feature {export.feature} of task {task.name} is not a list of token ids")
-    first, vocabulary = next((name, feature.vocabulary) for name, feature in features.items())
-    for name, feature in features.items():
-        if feature.vocabulary != vocabulary:
-            raise InputError(f"tasks {first} and {name} have different vocabularies, a store has one tokenizer: "
-                             "prepare each into a store of its own")
+            raise InputError(f"feature {name} of task {task.name} is not a list of token ids")
+        features.append((f"{name} of task {task.name}", feature.vocabulary))
+    first, vocabulary = features[0]
+    for name, other in features:
+        if other != vocabulary:
+            raise InputError(f"{first} and {name} have different vocabularies, a store has one tokenizer: prepare each "
+                             "into a store of its own")
     if isinstance(vocabulary, seqio.PassThroughVocabulary) and (export.tokenizer or export.store_tokenizer):
         return vocabulary, Tokenizer.load(export.tokenizer or export.store_tokenizer)  # the user says by what
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        raise InputError(f"feature {export.feature} of task {first} has a {type(vocabulary).__name__}; a store needs a "
+        raise InputError(f"feature {first} has a {type(vocabulary).__name__}; a store needs a "
                          "SentencePiece model: give the feature a seqio.SentencePieceVocabulary (ids made beforehand: a "
                          "PassThroughVocabulary, and --tokenizer), or write the texts to .jsonl and prepare those")
     own = vocabulary_tokenizer(vocabulary)
@@ -268,8 +273,8 @@ def task_key(task: Any, export: Export, tokenizer: AnyTokenizer) -> str:
     for path in sorted(map(os.fsdecode, files)):
         status = os.stat(path) if os.path.exists(path) else None
         stats.append([path, status and status.st_size, status and status.st_mtime_ns])
-    facts = [task.name, export.split, export.feature, export.id_field, tokenizer.sha256, seqio.__version__, stats,
-             type(source).__qualname__, fingerprint(vars(source)), fingerprint(list(task.preprocessors))]
+    facts = [task.name, export.split, export.feature, export.prompt, export.id_field, tokenizer.sha256, seqio.__version__,
+             stats, type(source).__qualname__, fingerprint(vars(source)), fingerprint(list(task.preprocessors))]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

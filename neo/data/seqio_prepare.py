@@ -41,7 +41,8 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN
 class MixtureRequest:
     """What to prepare: a Task or Mixture `name` that importing `module` registers, into the store `out`.
 
-    `feature` holds the token ids; `id_field` names documents (else task and position); `tokenizer` is needed only where
+    `feature` holds the token ids, `prompt_field` is the feature with those before them that are not learned (`inputs` of
+    a question-and-answer Task); `id_field` names documents (else task and position); `tokenizer` is needed only where
     the vocabulary does not say what it is. The others as in preparation.Request.
     """
 
@@ -50,12 +51,15 @@ class MixtureRequest:
     out: str
     split: str = "train"
     feature: str = "targets"
+    prompt_field: str = ""
     id_field: str = ""
     tokenizer: str = ""
     validation: float = 0.001
     seed: int = 0
     workers: int = 0
     layout: str = "flat"
+    packing: str = "concatenate"
+    seq_len: int = 0
     overwrite: bool = False
 
     @property
@@ -67,8 +71,10 @@ class MixtureRequest:
         """The request that makes a source from its exported files."""
         return preparation.Request(
             inputs=(os.path.join(self.out, WORK, name),), store=self.out, source=name, tokenizer=tokenizer,
-            options=ReadOptions(id_field="id", tokens_field="tokens", bytes_field="bytes"), validation=self.validation,
-            seed=self.seed, workers=self.workers, layout=self.layout, overwrite=self.overwrite)
+            options=ReadOptions(id_field="id", tokens_field="tokens", bytes_field="bytes",
+                                prompt_field="prompt" if self.prompt_field else ""),
+            validation=self.validation, seed=self.seed, workers=self.workers, layout=self.layout, packing=self.packing,
+            seq_len=self.seq_len, overwrite=self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +103,8 @@ def prepare_mixture(request: MixtureRequest) -> Prepared:
         Tokenizer.load(folder)
     work = os.path.join(request.out, WORK)
     with _work(request.out, work):
-        export = Export(request.name, request.module, work, request.split, request.feature, request.id_field,
-                        request.tokenizer, there)
+        export = Export(request.name, request.module, work, request.split, request.feature, request.prompt_field,
+                        request.id_field, request.tokenizer, there)
         with Child(export, os.path.join(work, LOG)) as child:
             say(f"starting TensorFlow, importing {request.module}")
             plan = child.receive("plan")
@@ -161,8 +167,8 @@ def describe(request: MixtureRequest, plan: Mapping[str, Any], manifests: list[d
         splits = manifest["splits"].values()
         lengths[manifest["source"]] = sum(one["tokens"] for one in splits) / sum(one["documents"] for one in splits)
     return {"format": "neo.mixture", "version": 1, "name": request.name, "module": request.module, "split": request.split,
-            "feature": request.feature, "id_field": request.id_field, "seqio": plan["seqio"],
-            "tensorflow_text": plan["tensorflow_text"], "tokenizer_sha256": tokenizer.sha256,
+            "feature": request.feature, "prompt_field": request.prompt_field, "id_field": request.id_field,
+            "seqio": plan["seqio"], "tensorflow_text": plan["tensorflow_text"], "tokenizer_sha256": tokenizer.sha256,
             "mixture": shares(rates),
             "mixture_of_documents": shares({name: rate * lengths[name] for name, rate in rates.items()}),
             "sources": dict(plan["sources"])}
@@ -227,7 +233,7 @@ def _work(out: str, work: str) -> Iterator[None]:
         try:
             yield
         except InputError:
-            if not any(entry.is_dir() and entry.name != "tokenizer" for entry in os.scandir(work)):
+            if not any(name.endswith(".json") for name in os.listdir(work)):  # no finished export
                 shutil.rmtree(work)
                 for path in new:
                     with contextlib.suppress(OSError):

@@ -188,11 +188,13 @@ def _add_task(seqio: ModuleType, name: str, recipe_source: str, inputs: str | Se
         fields = {"targets": "text", "id": "id"}
     source.neo_source = recipe_source  # what prepare calls it, where the Task's name had to differ
 
+    plain = tf.autograph.experimental.do_not_convert  # nothing to convert, and converting takes longer than the rest
+
     def rename(dataset: Any) -> Any:
-        return dataset.map(lambda example: {new: example[old] for new, old in fields.items()})
+        return dataset.map(plain(lambda example: {new: example[old] for new, old in fields.items()}))
 
     def append_eod(dataset: Any) -> Any:
-        return dataset.map(lambda example: {**example, "targets": tf.concat([example["targets"], [eod_id]], 0)})
+        return dataset.map(plain(lambda example: {**example, "targets": tf.concat([example["targets"], [eod_id]], 0)}))
 
     # The end is the tokenizer's, which need not be the model's </s> that seqio would append.
     seqio.TaskRegistry.add(name, source=source, output_features={"targets": feature},
