@@ -55,7 +55,7 @@ COMMAND = Command(
                  choices=("token", "word", "entity"), shown="nothing"),
         Argument("reverse_rate", "with --reverse: share of the documents", default=0.5, type=float),
         Argument("canaries", "a .jsonl file of known documents to put among the others", default="", shown="none"),
-        Argument("canary_rate", "with --canaries: number of canaries per document, below 1", default=0.0, type=float,
+        Argument("canary_rate", "with --canaries: number of canaries per document, at most 1", default=0.0, type=float,
                  shown="required then"),
         Argument("variants", "write every document so many times, each time transformed by new draws: one pass over "
                              "the store is then so many epochs", default=1, type=int),

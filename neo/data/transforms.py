@@ -108,14 +108,15 @@ class Encoded(NamedTuple):
 def plain(document: Document, tokenizer: AnyTokenizer, dtype: Any) -> Encoded:
     """The document as it is: [BOS if the tokenizer wants it] prompt, text, end of document.
 
-    A prompt and what follows it are encoded apart, so that where one ends a token ends.
+    A prompt and what follows it are encoded apart, so that where one ends a token ends; and the prompt as neo.infer
+    does, so a special token written out in it may be that token.
     """
     if document.tokens is not None:
         prompt = np.asarray(document.prompt if len(document.prompt) else [], np.int64)
         return Encoded(_ended([*_chunks(prompt), *_chunks(document.tokens)], tokenizer, dtype), len(prompt))
     if not document.prompt:
         return Encoded(tokenizer.encode_document(document.text, dtype))
-    before = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(document.prompt)
+    before = tokenizer.encode_prompt(document.prompt)
     return Encoded(_ended([before, continued(tokenizer, document.text), [tokenizer.eod_id]], tokenizer, dtype), len(before))
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from neo.data import fim, held_out, preparation, prepare, spill, store, tokenizer_training
+from neo.data import fim, held_out, preparation, prepare, shuffle, spill, store, tokenizer_training
 from neo.data.canary import read_canaries
 from neo.data.preparation import Request
 from neo.data.records import ReadOptions
@@ -125,6 +125,33 @@ def test_output_is_the_same_for_any_cut_memory_and_number_of_workers(folder, tok
     assert preparation.prepare(request(folder, tmp_path / "one", tokenizer, **changes))[1]
     with pytest.raises(InputError, match="made differently"):
         preparation.prepare(request(folder, tmp_path / "one", tokenizer))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["tokenize_piece", "write_bucket"])
+def test_a_killed_run_goes_on(folder, tokenizer, canaries, tmp_path, monkeypatch, stage):
+    job = request(folder, tmp_path / "killed", tokenizer, **settings(canaries)["everything"])
+    real, calls = getattr(shuffle, stage), []
+
+    def dies(state, task):
+        calls.append(task)
+        if len(calls) > 4:
+            raise Killed
+        return real(state, task)
+
+    monkeypatch.setattr(shuffle, stage, dies)
+    with pytest.raises(Killed):
+        preparation.prepare(job)
+    done = [str(task) for task in calls[:4]]
+    calls.clear()
+    monkeypatch.setattr(shuffle, stage, lambda state, task: (calls.append(str(task)), real(state, task))[1])
+    preparation.prepare(job)
+    assert calls and not set(done) & set(calls)
+    preparation.prepare(dataclasses.replace(job, store=str(tmp_path / "fresh")))
+    assert digests(tmp_path / "killed") == digests(tmp_path / "fresh")
 
 
 def test_old_commands_keep_their_arguments(folder, tokenizer, tmp_path):

@@ -156,6 +156,10 @@ def test_sentinels_of_a_hugging_face_tokenizer():
     files = {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "<eos>"}'}
     tokenizer = from_hf_files(files, "here")
     assert fim.find_sentinels(tokenizer, ("<P>", "<S>", "<M>")) == (3, 4, 5)
+    one = dataclasses.replace(document("a<S>b"), prompt="<P>b")
+    tokens, prompt, _ = plain(one, tokenizer, DTYPE)
+    assert tokens[:prompt].tolist() == tokenizer.encode_prompt("<P>b") == [3, 1], "as it is read when the model is used"
+    assert 4 not in tokens, "what is learned cannot contain a special token by accident"
     with pytest.raises(InputError, match="<plain> is no special token.*name those of this tokenizer"):
         fim.find_sentinels(tokenizer, ("<P>", "<S>", "<plain>"))
 
