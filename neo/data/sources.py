@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from neo.config.schema import Config
-from neo.data import store, store_files
+from neo.data import block_cache, store, store_files
 from neo.data.planning import source_path, store_path
 from neo.data.synthetic import synthetic_source
 from neo.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from neo.data.tokenizer import Tokenizer
+
+OPENERS = 32  # ours: remote sources opened at a time; each needs some requests of 50 ms
 
 
 def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
@@ -28,8 +32,11 @@ def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
         sources: dict[str, Any] = {
             name: synthetic_source(name, vocab_size=config.model.vocab_size, seed=config.data.seed) for name in names}
     else:
-        _require_all(config, names)
-        sources = {name: store.open_source(source_path(config, name)) for name in names}
+        block_cache.configure(config.data.cache, config.data.cache_gb * 1e9)
+        paths = [source_path(config, name) for name in names]
+        with _several(paths) as each:
+            _require_all(config, names, list(each(store.read_manifest, paths)))
+            sources = dict(zip(names, each(store.open_source, paths), strict=True))
     first = next(iter(sources), None)
     for name, source in sources.items():
         if source.vocab_size > config.model.vocab_size:
@@ -43,9 +50,23 @@ def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
     return sources
 
 
-def _require_all(config: Config, names: list[str]) -> None:
+@contextlib.contextmanager
+def _several(paths: Sequence[str]) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` that asks for many remote things at a time; results and the first error come in order."""
+    if not any(map(store_files.is_url, paths)):
+        yield map
+        return
+    with concurrent.futures.ThreadPoolExecutor(OPENERS, thread_name_prefix="neo-open") as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # one that cannot be opened ends it; do not ask for the others
+            raise
+
+
+def _require_all(config: Config, names: list[str], manifests: list[Any]) -> None:
     """InputError naming every source that has no finished store."""
-    missing = [name for name in names if store.read_manifest(source_path(config, name)) is None]
+    missing = [name for name, manifest in zip(names, manifests, strict=True) if manifest is None]
     if not missing:
         return
     folder = store_path(config)
@@ -63,15 +84,21 @@ def _require_all(config: Config, names: list[str]) -> None:
 
 
 def open_tokenizer(config: Config, sources: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that stands in the store, None for synthetic data.
+    """The tokenizer that stands in the store, else beside a source of data.stores; None for synthetic data.
 
     Raises InputError if it is missing or not the one that the sources were prepared with (sha256).
     """
     if config.data.synthetic:
         return None
-    from neo.data.tokenizer import Tokenizer
+    from neo.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
 
-    path = store_files.join(store_path(config), "tokenizer")
+    elsewhere = [source_path(config, name) for name in sources if config.data.stores.get(name)]
+    folders = dict.fromkeys([store_path(config), *map(store_files.parent, elsewhere)])
+    paths = [store_files.join(folder, "tokenizer") for folder in folders]
+    path = next((one for one in paths if {MODEL_FILE, JSON_FILE} & set(store_files.list_sizes(one) or ())), None)
+    if path is None:
+        raise InputError(f"no tokenizer at {' or '.join(paths)}; copy the folder tokenizer/ of the store that the sources "
+                         "were prepared in to one of these places")
     tokenizer = Tokenizer.load(path)
     for name, source in sources.items():
         if source.tokenizer_sha256 != tokenizer.sha256:
