@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from neo.config.mixes import FAMILY, family
 from neo.config.schema import Config
+from neo.data.mixture import SCALE
 from neo.data.order import Order, Span
 from neo.data.planning import Size, epoch_limit, over_limit, store_path
 
@@ -62,7 +64,11 @@ class Area:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole run. `over_limit`: source -> epochs of those that are read more often than allowed."""
+    """A whole run, of which `steps_done` are done.
+
+    `over_limit`: source -> epochs of those that are read more often than allowed. `amended`: (step, phase, weights) of
+    each amendment; it acts from that step on, counted from 1.
+    """
 
     name: str
     store: str
@@ -74,6 +80,9 @@ class Plan:
     sources: Mapping[str, SourcePlan]
     areas: tuple[Area, ...]
     over_limit: Mapping[str, float]
+    amended: tuple[tuple[int, str, Mapping[str, float]], ...]
+    steps_done: int
+    tokens_done: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Group:
     tokens: int
 
 
-def make_plan(config: Config, order: Order, sizes: Mapping[str, Size]) -> Plan:
+def make_plan(config: Config, order: Order, sizes: Mapping[str, Size], steps_done: int = 0) -> Plan:
     """The plan of a run, from the order and the sizes that `planned_order` gives."""
     known = {name: size.tokens for name, size in sizes.items() if size.origin != "unknown"}
     read = dict.fromkeys(order.sources, 0)
@@ -116,7 +125,8 @@ def make_plan(config: Config, order: Order, sizes: Mapping[str, Size]) -> Plan:
         sources[name] = SourcePlan(tokens, size, sizes[name].origin, None if size is None else tokens / size,
                                    None if size is None else max(tokens - size, 0), limit if limit < float("inf") else None)
     return Plan(config.name, store_path(config), config.data.seed, order.num_tokens, order.num_steps, order.num_sequences,
-                tuple(phases), sources, tuple(areas), over_limit(config, order, known))
+                tuple(phases), sources, tuple(areas), over_limit(config, order, known), tuple(_amended(config, order)),
+                steps_done, order.tokens_before(steps_done))
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -162,6 +172,14 @@ def _tokens_of(span: Span) -> dict[str, int]:
     before = span.first_index - span.mixture_index
     counts = zip(span.mixture.names, span.mixture.counts(before), span.mixture.counts(before + span.sequences), strict=True)
     return {name: (high - low) * span.seq_len for name, low, high in counts if high > low}
+
+
+def _amended(config: Config, order: Order) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """Where the weights of a phase without a ramp change: only an amendment does that."""
+    for before, span in itertools.pairwise(order.spans):
+        if before.phase == span.phase and before.mixture is not span.mixture and not config.phases[span.phase].mixture_end:
+            yield span.first_step + 1, span.name, {name: weight / SCALE for name, weight in zip(
+                span.mixture.names, span.mixture.weights, strict=True)}
 
 
 def _batches(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:

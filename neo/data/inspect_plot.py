@@ -89,6 +89,10 @@ def _draw_shares(axis: Any, plan: Plan, parts: list[Group], colours: list[str]) 
         same = (before.seq_len, before.batches[-1][1], before.rope_base) == (
             phase.seq_len, phase.batches[0][1], phase.rope_base)
         axis.axvline(phase.first_token, color="white" if same else "black", lw=0.6 if same else 1.2, alpha=0.9)
+    if plan.steps_done:
+        axis.axvline(plan.tokens_done, color="black", lw=1.4, ls="--")
+        left = 2 * plan.tokens_done > plan.tokens
+        axis.text(plan.tokens_done, 0.98, "  done  ", fontsize=9, va="top", ha="right" if left else "left")
     axis.set_xlim(0, plan.tokens)
     axis.set_ylim(0, 1)
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")

@@ -8,6 +8,7 @@ from neo.data.inspect_plan import PhasePlan, Plan, groups, label_of
 
 TOP_OF_PHASE = 4  # ours: sources named in a phase's line
 TOP = 16  # ours: sources listed without --all
+AMENDMENTS = 5  # ours: amendments listed
 BAR = 24  # characters of the longest bar
 
 
@@ -24,7 +25,10 @@ def plan_lines(plan: Plan, phase: str = "", *, everything: bool = False) -> list
     """The plan of the run, or of one phase. `everything`: every source by itself."""
     lines = [f"{plan.name}: {count(plan.tokens)} tokens in {plan.steps:,} steps, {len(plan.phases)} "
              f"{'phase' if len(plan.phases) == 1 else 'phases'}, {len(plan.sources)} "
-             f"{'source' if len(plan.sources) == 1 else 'sources'}, seed {plan.seed}", f"sizes: {_origins(plan)}", ""]
+             f"{'source' if len(plan.sources) == 1 else 'sources'}, seed {plan.seed}", f"sizes: {_origins(plan)}"]
+    if plan.steps_done:
+        lines.append(f"done: {plan.steps_done:,} steps, {count(plan.tokens_done)} tokens")
+    lines += [*_amendment_lines(plan, phase), ""]
     shown = [one for one in plan.phases if phase in ("", one.name)]
     lines += [*_phase_table(shown), ""]
     if phase:
@@ -42,6 +46,18 @@ def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[s
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) if i in left else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def _amendment_lines(plan: Plan, phase: str) -> list[str]:
+    """The newest amendments, of the run or of a phase."""
+    amended = [one for one in plan.amended if phase in ("", one[1])]
+    lines = [f"{len(amended) - AMENDMENTS} amendments before these"] if len(amended) > AMENDMENTS else []
+    for step, name, weights in amended[-AMENDMENTS:]:
+        top = sorted(weights.items(), key=lambda item: -item[1])
+        more = f", {len(top) - TOP_OF_PHASE} more" if len(top) > TOP_OF_PHASE else ""
+        lines.append(f"amended from step {step:,} on (phase {name}): "
+                     + ", ".join(f"{source} {share:.1%}" for source, share in top[:TOP_OF_PHASE]) + more)
+    return lines
 
 
 def _origins(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -11,11 +12,13 @@ import time
 
 import pytest
 
-from neo.config import load
-from neo.data import inspect, inspect_samples, inspect_store
+from neo.config import load, to_dict
+from neo.data import amendments, inspect, inspect_samples, inspect_store
+from neo.data.amendments import Amendment
 from neo.data.inspect_plan import groups, label_of, make_plan, to_json
 from neo.data.inspect_plot import draw
 from neo.data.inspect_text import count, plan_lines
+from neo.data.loader import TrainData, open_sources
 from neo.data.planning import planned_order
 from neo.data.store import open_source
 from neo.data.store_writer import write_source
@@ -165,8 +168,7 @@ def test_json_holds_every_source_of_every_phase(seen, recipe):
     assert ended.code == 0, ended.err
     tree = json.loads(ended.out)
     assert tree["picture"] == "inspect.png" and tree["samples"] == []
-    assert tree["plan"] == to_json(plan_of(load(recipe, {"data.source_tokens": "a=70000"}))[0]) | {
-        "phases": tree["plan"]["phases"]}   # lists where the plan has tuples
+    assert tree["plan"] == json.loads(json.dumps(to_json(plan_of(load(recipe, {"data.source_tokens": "a=70000"}))[0])))
     for phase in tree["plan"]["phases"]:
         assert sum(use["share"] for use in phase["sources"].values()) == pytest.approx(1)
     assert tree["plan"]["phases"][1]["sources"]["a"]["epochs"] > 0
@@ -289,6 +291,40 @@ def test_shortened_text_keeps_both_ends(chars):
     head = chars * 2 // 3
     assert text == [whole[:head], f"... {200 - chars} characters ...", whole[200 - (chars - head):]]
     assert all(masked == (set(text) == {"b"}) for line in lines[::2] for text, masked in line if text)
+
+
+# Runs
+
+
+def test_a_run_with_an_amendment(seen, store, recipe, tmp_path):
+    """The workdir's plan is the order that the run has: its amendment, what is done, samples of both."""
+    config = load(recipe, {"data.store": str(store), "data.max_epochs": 0, "phases.second.mixture_end": {}})
+    data = TrainData(config, open_sources(config))
+    data.amend(Amendment(60, data.order.first_index(60), "first", {"a": 0.25, "b": 0.75}))
+    workdir = tmp_path / "run"
+    state = workdir / "checkpoints" / "80" / "data" / "data.json"
+    state.parent.mkdir(parents=True)
+    changed = dataclasses.replace(config.phases[0], mixture={"a": 0.25, "b": 0.75})
+    now = dataclasses.replace(config, phases=(changed, config.phases[1]))
+    (workdir / "config.json").write_text(json.dumps(to_dict(now)))
+    (workdir / "amendments.json").write_text(json.dumps(amendments.to_json(data.amendments)))
+    state.write_text(json.dumps({"order": data.state(80)}))
+    ended = seen(workdir, "--json", "--samples=6", f"--out={tmp_path}/run.png")
+    assert ended.code == 0, ended.err
+    tree = json.loads(ended.out)
+    plan, order = tree["plan"], data.order
+    assert (plan["steps_done"], plan["tokens_done"]) == (80, order.tokens_before(80))
+    assert plan["amended"] == [[61, "first", {"a": pytest.approx(0.25), "b": pytest.approx(0.75)}]]
+    used = order.tokens_by_source(order.num_steps)
+    assert {name: source["tokens"] for name, source in plan["sources"].items()} == used
+    for sample in tree["samples"]:
+        address = order.address(sample["index"])
+        assert (sample["source"], sample["start"]) == (address.source, address.start)
+    text = seen(workdir, "--phase=first", f"--out={tmp_path}/run.png")
+    assert text.code == 0, text.err
+    assert "amended from step 61 on (phase first): b 75.0%, a 25.0%" in text.out and "done: 80 steps" in text.out
+    assert "Next: python -m neo.data.trace" in text.out and png_size(tmp_path / "run.png")
+    assert "changes a plan" in seen(workdir, "--config.data.seed=1").error
 
 
 # Stores
