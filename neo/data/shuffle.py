@@ -28,6 +28,9 @@ from neo.data.store import dtype_for
 from neo.data.store_writer import Entry, ShardWriter, append_packed, write_json, write_packed_end
 from neo.data.tokenizer import AnyTokenizer
 from neo.data.transforms import NAMES, Encoded, Transforms, plain, transformed
+from neo.errors import InputError
+
+LARGEST_GROUPS = 4 << 30  # ours: bytes of a bucket that a worker takes on where groups may have made it large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +221,11 @@ class Bucket:
 def write_bucket(settings: Settings, bucket: Bucket) -> dict[str, Any]:
     """Second stage: sort the documents of a bucket, write those to train on as a shard, set the others aside."""
     total = settings.num_buckets * settings.transforms.variants
+    if settings.options.group_field:
+        size = sum(spill.bucket_bytes(path, bucket.number, total) for path in bucket.pieces)
+        if size > LARGEST_GROUPS:
+            raise InputError(f"--group_field={settings.options.group_field}: {size >> 20} MiB of tokens have to be sorted at "
+                             "once, because a group is never cut; name a field of smaller groups, or leave it out")
     data = [spill.read_bucket(path, bucket.number, total) for path in bucket.pieces]
     records = [record for piece in data for record in spill.unpack(piece, settings.dtype)]
     tally, counts = Tally(), collections.Counter()

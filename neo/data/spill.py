@@ -155,14 +155,27 @@ def read_summary(path: str) -> Any:
         return json.loads(file.read(end - place))
 
 
+def bucket_bytes(path: str, bucket: int, num_buckets: int) -> int:
+    """How many bytes `read_bucket` would give."""
+    with open(path, "rb") as file:
+        return sum(stop - start for start, stop in _stretches(file, path, bucket, num_buckets))
+
+
 def read_bucket(path: str, bucket: int, num_buckets: int) -> bytes:
     """All records of one bucket in one piece's file, as bytes for `unpack`."""
     found = []
     with open(path, "rb") as file:
-        tables, runs, _, _ = _trailer(file, path)
-        for run in range(runs):
-            file.seek(tables + 8 * (run * (num_buckets + 1) + bucket))
-            start, stop = struct.unpack("=QQ", file.read(16))
+        for start, stop in _stretches(file, path, bucket, num_buckets):
             file.seek(start)
             found.append(file.read(stop - start))
     return b"".join(found)
+
+
+def _stretches(file: Any, path: str, bucket: int, num_buckets: int) -> list[tuple[int, int]]:
+    """Where the bucket stands in each run of a piece's file."""
+    tables, runs, _, _ = _trailer(file, path)
+    found = []
+    for run in range(runs):
+        file.seek(tables + 8 * (run * (num_buckets + 1) + bucket))
+        found.append(struct.unpack("=QQ", file.read(16)))
+    return found

@@ -226,6 +226,13 @@ def test_one_group_is_not_split_to_have_something_to_validate_on(tokenizer, tmp_
     assert (manifest["splits"]["train"]["documents"], manifest["splits"]["validation"]["documents"]) == (2, 0)
 
 
+def test_groups_too_large_for_memory_are_refused(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "LARGEST_GROUPS", 3000)
+    preparation.prepare(request(folder, tmp_path / "none", tokenizer))
+    with pytest.raises(InputError, match="--group_field=repo: .* smaller groups, or leave it out"):
+        preparation.prepare(request(folder, tmp_path / "out", tokenizer, dict(group_field="repo")))
+
+
 # Packing
 
 
