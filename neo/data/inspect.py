@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -77,10 +78,10 @@ def _is_run(path: str) -> bool:
 
 def _planned(args: Namespace) -> _Subject:
     """The run of a config, with the stores that are there opened where they are needed."""
-    from neo.config import load
-    from neo.data import store
+    from neo.config import PhaseConfig, load
     from neo.data.order import Order
-    from neo.data.planning import planned_order, source_path
+    from neo.data.planning import planned_order
+    from neo.data.sources import open_sources
 
     config = load(args.config, args.overrides)
     _check_arguments(config, args)
@@ -88,7 +89,8 @@ def _planned(args: Namespace) -> _Subject:
     there = [name for name, size in sizes.items() if size.origin == "store"]
     sources = {}
     if there and (args.samples or args.verify):
-        sources = {name: store.open_source(source_path(config, name)) for name in there}
+        # As the trainer opens them (many at a time, checked against each other), but without those that are missing.
+        sources = open_sources(dataclasses.replace(config, phases=(PhaseConfig(mixture=dict.fromkeys(there, 1.0)),)))
         # Once more, for what only the stores can tell: sources packed for one sequence length.
         tokens = {name: size.tokens for name, size in sizes.items()}
         order = Order.create(config.phases, config.sources, tokens, config.data.seed,
