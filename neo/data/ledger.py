@@ -17,17 +17,17 @@ from neo.config import Config, from_dict
 from neo.data import amendments, store_files
 from neo.data.loader import STATE_VERSION
 from neo.data.order import Address, Order
-from neo.data.planning import create_order, source_names
+from neo.data.planning import create_order, source_names, store_path
 from neo.data.sources import open_sources, open_tokenizer
 from neo.errors import InputError, nearest
 
-SHOWN_IDS = 1000  # ours: ids per source in which the nearest to an unknown one is looked for
+COMPARED_IDS = 20_000  # ours: ids, over all sources, in which the nearest to an unknown one is looked for
 
 
 class Part(NamedTuple):
     """What a window holds of a document: its tokens [first, last) of `tokens`, at `place` in the window.
 
-    The end-of-document token is the document's last.
+    The end-of-document token is the document's last. In a packed source each piece of a document counts as one.
     """
 
     document: str
@@ -92,7 +92,7 @@ class Ledger:
         checkpoint = _newest_checkpoint(workdir)
         saved = _data_state(workdir, checkpoint) if checkpoint else None
         listed = _listed_amendments(workdir)
-        sources = open_sources(config, (*amendments.saved_sources(saved), *source_names((), listed)))
+        sources = _open(config, (*amendments.saved_sources(saved), *source_names((), listed)))
         sizes = {name: source.split("train").num_tokens for name, source in sources.items()}
         try:
             _check_sources(workdir, saved, sources)
@@ -177,7 +177,8 @@ class Ledger:
 
     def _some_ids(self, source: str) -> list[str]:
         split = self._split(source)
-        return split.document_ids(0, min(split.num_tokens, 64 * SHOWN_IDS))[:SHOWN_IDS]
+        wanted = COMPARED_IDS // len(self.sources)
+        return split.document_ids(0, min(split.num_tokens, wanted * (split.num_tokens // max(split.num_documents, 1))))
 
     def _parts(self, address: Address) -> Iterator[Part]:
         for first, last, document in self._split(address.source).documents(address.start, address.start + address.length + 1):
@@ -199,6 +200,15 @@ def _read_json(workdir: str, *names: str) -> Any | None:
         return None
     except OSError as error:
         raise InputError(f"{store_files.join(workdir, *names)}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(config: Config, also: tuple[str, ...]) -> dict[str, Any]:
+    """The opened sources. InputError as `open_sources`; where nothing is left of the store, with how to name it."""
+    where = store_path(config)
+    if not (config.data.synthetic or config.data.stores or store_files.list_folders(where)):
+        raise InputError(f"{where}: the run's token store is not there; start in the folder the run was started in, or give "
+                         "--store=FOLDER")
+    return open_sources(config, also)
 
 
 def _data_state(workdir: str, checkpoint: int) -> dict[str, Any]:

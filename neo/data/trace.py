@@ -67,7 +67,7 @@ def _show_step(ledger: Ledger, args: Namespace) -> None:
         print(style(BOLD, f"row {row.row}") + f"  {at.source}, epoch {at.epoch}, tokens {at.start} to {at.start + at.length}"
               + style(DIM, f"  sequence {row.index}"))
         for part in row.parts:
-            print(f"  {part.document}  " + style(DIM, _span(part)))
+            print(f"  {_plain(part.document)}  " + style(DIM, _span(part)))
             for line in _lines(_text(ledger, row, part), args.full):
                 print(f"    {line}")
 
@@ -88,7 +88,8 @@ def _show_documents(ledger: Ledger, args: Namespace) -> None:
     style = _style()
     for one in found:
         seen, planned = _by_time(ledger, one)
-        print(style(BOLD, f"{one.source}/{one.document}") + f"  {one.stop - one.start} tokens, from {one.start} in its source")
+        print(style(BOLD, f"{one.source}/{_plain(one.document)}")
+              + f"  {one.stop - one.start} tokens, from {one.start} in its source")
         for line in _lines(ledger.text(one.source, one.start, one.stop), args.full):
             print(f"    {line}")
         print(f"in {len(seen)} sequences of the {ledger.steps_done} steps done" + (":" if seen else ""))
@@ -137,10 +138,15 @@ def _excerpt(text: str) -> str:
 
 
 def _lines(text: str, full: bool) -> list[str]:
-    """A text for the terminal: all its lines, or one line of its beginning and end. Control characters are written out."""
-    lines = text.split("\n") if full else [_excerpt(text).replace("\n", "\\n")]
-    return ["".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line.replace("\t", "    "))
-            for line in lines if text]
+    """A text for the terminal: all its lines, or one line of its beginning and end."""
+    if not full:
+        return [_plain(_excerpt(text))] if text else []
+    return [_plain(line.replace("\t", "    ")) for line in text.split("\n")]
+
+
+def _plain(text: str) -> str:
+    """Control characters written out, so that no document steers the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _style() -> Callable[[str, str], str]:

@@ -191,6 +191,46 @@ def test_synthetic_tokens_have_documents_too(tmp_path):
     assert split.find_id("validation-01") == split.find_id("validation-1024") == split.find_id("train-1") == []
 
 
+def test_a_packed_source_names_pieces_and_no_padding(tmp_path):
+    rng = np.random.default_rng(5)
+    texts = {f"d{i}": list(range(100 * i + 10, 100 * i + 10 + int(rng.integers(1, 40)))) for i in range(30)}
+    write_source(str(tmp_path / "store" / "p"), "p", {"train": list(texts.items()), "validation": []}, vocab_size=VOCAB,
+                 eod_id=EOD, tokenizer_sha256=SHA, shard_documents=11, pack=16)
+    phases = (PhaseConfig(name="one", tokens=16 * 4 * 12, seq_len=16, global_batch=4, mixture={"p": 1.0}),)
+    config = Config(name="tiny", model=ModelConfig(vocab_size=VOCAB), phases=phases,
+                    data=DataConfig(store=str(tmp_path / "store"), max_epochs=0))
+    data = TrainData(config, open_sources(config))
+    write_run(tmp_path / "run", config, data)
+    ledger = Ledger.of(tmp_path / "run")
+    seen = collections.defaultdict(set)
+    for step in range(1, 13):
+        for row in ledger.batch(step):
+            batch = data.host_batch(step - 1, rows=[row.row])
+            window = [*batch["inputs"][0].tolist(), int(batch["targets"][0, -1])]
+            named = {part.document for part in row.parts}
+            assert {f"d{token // 100}" for token in window if token != EOD} <= named <= set(texts)
+            for part in row.parts:
+                piece = [token for token in window[part.place:part.place + part.last - part.first] if token != EOD]
+                assert set(piece) <= set(texts[part.document])
+                seen[part.document].add((row.step, row.row, part.place))
+    for name in texts:
+        assert {(one.step, one.row, one.part.place) for one in ledger.document("p", name)} == seen[name]
+
+
+def test_a_workdir_behind_an_address(ran, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    data, ledger = ran
+    memory = fsspec.filesystem("memory")
+    memory.put(ledger.workdir, "/ledger/run", recursive=True)
+    try:
+        remote = Ledger.of("memory://ledger/run")
+        assert (remote.steps_done, list(remote.batch(7))) == (ledger.steps_done, list(ledger.batch(7)))
+        with pytest.raises(InputError, match="^memory://ledger/none is not a run"):
+            Ledger.of("memory://ledger/none")
+    finally:
+        memory.rm("/ledger", recursive=True)
+
+
 @pytest.fixture
 def real(store, tmp_path):
     """A workdir over the store with real text."""
@@ -234,6 +274,18 @@ def test_command_shows_a_document(real, invoked):
     assert plain.code == 0 and "step 8, row 0, epoch 0: " in plain.out and "steps done:" in plain.out
 
 
+def test_nothing_in_a_text_or_id_steers_the_terminal(real, invoked, monkeypatch):
+    workdir, _ = real
+    monkeypatch.setattr(Ledger, "text", lambda *_: "red \x1b[31m\u202etext\nline\ttwo")
+    row = Ledger.of(workdir).row(3, 0)
+    named = row._replace(parts=(row.parts[0]._replace(document="a\x1b]0;b"),))
+    monkeypatch.setattr(Ledger, "row", lambda *_: named)
+    out = invoked(COMMAND, run, [workdir, "--step=3", "--row=0"]).out
+    assert "  a\\x1b]0;b  tokens" in out and "    red \\x1b[31m\\u202etext\\nline\\ttwo\n" in out
+    out = invoked(COMMAND, run, [workdir, "--step=3", "--row=0", "--full"]).out
+    assert "    red \\x1b[31m\\u202etext\n    line    two\n" in out
+
+
 def test_bad_input(real, invoked, tmp_path):
     workdir, _ = real
     for flags, message in (
@@ -248,6 +300,8 @@ def test_bad_input(real, invoked, tmp_path):
         assert ended.code == 2 and message in ended.error
     ended = invoked(COMMAND, run, [tmp_path, "--step=1"])
     assert ended.code == 2 and f"{tmp_path} is not a run: it has no config.json" in ended.error
+    ended = invoked(COMMAND, run, [workdir, "--step=1", f"--store={tmp_path / 'gone'}"])
+    assert ended.code == 2 and "gone: the run's token store is not there; " in ended.error
     (workdir / "amendments.json").write_text('[{"version": 9}]')
     assert "run/amendments.json: amendments are damaged" in invoked(COMMAND, run, [workdir, "--step=1"]).error
     (workdir / "amendments.json").unlink()
