@@ -9,6 +9,7 @@ which the parent keeps in a file: TensorFlow prints a lot, whatever it is told.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -55,12 +56,10 @@ def open_dataset(seqio: ModuleType, task: Any, split: str) -> Any:
     """The task's examples, whole and in their own order: no sequence length, no trimming, no shuffle, one epoch."""
     import tensorflow as tf
 
-    # seqio hands `seed` on to a source's function and refuses one without it, even if nothing is shuffled.
-    function = getattr(task.source, "_dataset_fn", None)
-    seed = 0 if function is None or "seed" in _parameters(function) else None
     try:
-        dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, seed=seed, num_epochs=1,
-                                   use_cached=task.requires_caching, trim_output_features=False, try_in_mem_cache=False)
+        dataset = _seeded(task).get_dataset(
+            sequence_length=None, split=split, shuffle=False, seed=0, num_epochs=1, use_cached=task.requires_caching,
+            trim_output_features=False, try_in_mem_cache=False)
     except Exception as error:
         needing = [seqio.utils.function_name(step) for step in task.preprocessors
                    if "sequence_length" in _parameters(step)]
@@ -70,6 +69,21 @@ def open_dataset(seqio: ModuleType, task: Any, split: str) -> Any:
     options = tf.data.Options()
     options.deterministic = True
     return dataset.with_options(options)
+
+
+def _seeded(task: Any) -> Any:
+    """The task, with a source that takes a seed.
+
+    Random preprocessors need a seed to give the same every time; seqio hands it on to a source's function too, and
+    refuses functions without one (which it registers), even where nothing is shuffled.
+    """
+    function = getattr(task.source, "_dataset_fn", None)
+    if function is None or "seed" in _parameters(function):
+        return task
+    task, source = copy.copy(task), copy.copy(task.source)
+    source._dataset_fn = lambda split, shuffle_files, seed=None: function(split=split, shuffle_files=shuffle_files)
+    task._source = source
+    return task
 
 
 def _parameters(step: Any) -> Sequence[str]:
@@ -120,7 +134,6 @@ class Comparison:
 
     def __init__(self, vocabulary: Any, tokenizer: AnyTokenizer, facts: Facts):
         self.tokenizer, self.facts = tokenizer, facts
-        # The object is kept, not its method: TensorFlow frees the model with it.
         self.theirs = vocabulary.tf_tokenizer if hasattr(vocabulary, "sp_model") else None
 
     def add(self, name: str, ids: np.ndarray, text: str) -> None:

@@ -283,6 +283,8 @@ def fingerprint(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     if depth < 6:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
             return {str(key): fingerprint(one, depth + 1) for key, one in sorted(value.items(), key=lambda item: str(item[0]))}
         if isinstance(value, (list, tuple)):

@@ -23,7 +23,7 @@ from typing import Any
 import neo
 from neo.cli import Namespace
 from neo.data import preparation, store
-from neo.data.progress import PLAIN_SECONDS, say
+from neo.data.progress import PLAIN_SECONDS, Waiting, say
 from neo.data.records import ReadOptions
 from neo.data.seqio_plan import Export
 from neo.data.store_writer import write_json
@@ -33,7 +33,7 @@ from neo.errors import InputError, RestartSafe, StoppedForPerson
 WORK, LOG, ORIGIN = ".seqio", "log.txt", "seqio.json"
 MIXTURES = "mixtures"
 # TensorFlow: no accelerator, which belongs to somebody else, and as few words as it can.
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
                "GRPC_VERBOSITY": "ERROR", "TQDM_DISABLE": "1"}
 
 
@@ -106,8 +106,8 @@ def prepare_mixture(request: MixtureRequest) -> Prepared:
         export = Export(request.name, request.module, work, request.split, request.feature, request.prompt_field,
                         request.id_field, request.tokenizer, there)
         with Child(export, os.path.join(work, LOG)) as child:
-            say(f"starting TensorFlow, importing {request.module}")
-            plan = child.receive("plan")
+            with Waiting(f"starting TensorFlow, importing {request.module}"):
+                plan = child.receive("plan")
             for note in plan["notes"]:
                 say(note)
             tokenizer = Tokenizer.load(os.path.join(work, "tokenizer"))
@@ -342,4 +342,4 @@ def report(request: MixtureRequest, prepared: Prepared) -> None:
     print()
     print(f"Wrote {', '.join(os.path.join(request.out, manifest['source']) for manifest, _ in prepared.manifests)} and "
           f"{request.json_path}")
-    print(f"Next: {try_command(request.out, rates, vocab_size)}")
+    print(f"Next: {try_command(request.out, rates, vocab_size, request.seq_len)}")

@@ -141,6 +141,8 @@ def commands() -> None:
     prepare("extra", "extra_ids")
     prepare("my.question", "question", prompt_field="inputs", id_field="name")
     prepare("my.pretokenized", "pretokenized", tokenizer="tok")
+    prepare("my.random", "random")
+    prepare("my.random", "random_again")
     prepare("my.web", "packed", packing="best_fit", seq_len=128)
 
 

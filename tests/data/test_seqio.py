@@ -171,6 +171,14 @@ def test_ids_made_before_need_a_tokenizer_only(found, folder):
     assert found["bad outside"][0] == 3 and "is outside the vocabulary of 320" in found["bad outside"][1]
 
 
+def test_random_steps_give_the_same_every_time(found, folder):
+    once, again = (documents(folder / name / "my_random") for name in ("random", "random_again"))
+    assert once == again
+    plain = expected(folder, "zh", "my.random")
+    assert once.keys() == plain.keys() and all(once[name] != plain[name] for name in plain)
+    assert len({tuple(once[name][len(plain[name]) - 1:]) for name in plain}) > 5
+
+
 def test_a_packed_store_can_be_asked_for(found, folder):
     assert store.read_manifest(str(folder / "packed" / "my_web"))["packing"]["seq_len"] == 128
 
