@@ -97,7 +97,7 @@ def _planned(args: Namespace) -> _Subject:
                              alignment={name: source.alignment for name, source in sources.items()})
     given = [f"--config={args.config}", *(f"--config.{path}={text}" for path, text in args.overrides)]
     return _Subject(config, order, sizes, sources, 0,
-                    f"python -m neo.train {shlex.join(given)}{'' if there else ' --print_config'}")
+                    f"python -m neo.train {shlex.join(given)}{'' if there or config.data.synthetic else ' --print_config'}")
 
 
 def _begun(args: Namespace) -> _Subject:
@@ -146,7 +146,8 @@ def _show(subject: _Subject, args: Namespace) -> None:
         if not sources and args.samples and not config.data.synthetic:
             print(f"no samples: none of the sources is prepared ({plan.store})")
         print(f"Wrote {args.out}")
-        print(f"Next: {following}")
+        if not plan.over_limit:
+            print(f"Next: {following}")
     if config.data.reweight_steps:  # the weights of today say little about the end; they are capped as they come
         return
     try:

@@ -43,7 +43,8 @@ class PhasePlan:
 
 @dataclasses.dataclass(frozen=True)
 class SourcePlan:
-    """A source over the whole run. `size` is None where unknown; `origin` as in planning.Size; `limit` None: no limit."""
+    """A source over the whole run. `size` is None where unknown or without an end (synthetic), `limit` where there is none;
+    `origin` as in planning.Size."""
 
     tokens: int
     size: int | None
@@ -96,7 +97,7 @@ class Group:
 
 def make_plan(config: Config, order: Order, sizes: Mapping[str, Size], steps_done: int = 0) -> Plan:
     """The plan of a run, from the order and the sizes that `planned_order` gives."""
-    known = {name: size.tokens for name, size in sizes.items() if size.origin != "unknown"}
+    known = {name: size.tokens for name, size in sizes.items() if size.origin in ("store", "planned")}
     read = dict.fromkeys(order.sources, 0)
     phases, areas = [], []
     for number, phase in enumerate(config.phases):

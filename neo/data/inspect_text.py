@@ -98,7 +98,8 @@ def _source_table(plan: Plan, phase: PhasePlan | None, everything: bool) -> list
         limits = {plan.sources[name].limit for name in names}
         over = any(name in plan.over_limit for name in names)
         return (label, count(tokens), f"{tokens / total:.2%}", "#" * round(BAR * tokens / max(largest, 1)),
-                "unknown" if size is None else count(size), kinds.pop() if len(kinds) == 1 and size is not None else "",
+                count(size) if size is not None else "endless" if kinds == {"synthetic"} else "unknown",
+                kinds.pop() if len(kinds) == 1 and size is not None else "",
                 "" if epochs is None else f"{epochs:.2f}", "" if again is None else count(again),
                 ("over " if over else "") + ("" if len(limits) > 1 else _limit(limits.pop())))
 

@@ -163,6 +163,13 @@ def test_a_plan_over_its_limits_is_shown_and_ends_with_3(seen, recipe, tmp_path)
     assert png_size(tmp_path / "over.png")
 
 
+def test_synthetic_sources_have_no_end(seen, recipe):
+    ended = seen(f"--config={recipe}", "--config.data.synthetic=True")
+    assert ended.code == 0, ended.err
+    assert "3 synthetic" in ended.out and ended.out.count("endless") == 3 and "no samples" not in ended.out
+    assert ended.out.endswith("--config.data.synthetic=True\n")
+
+
 def test_json_holds_every_source_of_every_phase(seen, recipe):
     ended = seen(f"--config={recipe}", "--json", "--config.data.source_tokens=a=70000")
     assert ended.code == 0, ended.err
