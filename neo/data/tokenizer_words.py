@@ -18,18 +18,26 @@ SPACE = "\u2581"  # what SentencePiece writes for a space
 LARGEST_MEMORY = 128 << 20  # ours: about so many bytes of words and their ids are kept by a process
 WORD_BYTES = 200  # of a word in the dictionary, beside its characters (measured: 160 to 220)
 STRETCH = 1 << 17  # ours: characters cut into words at a time; the list of them takes 20 bytes a character
-# Letters of the scripts of Unicode, with their marks; the rest is punctuation, digits and symbols. Nothing depends on
-# this being complete: `borders` tests it against the pieces.
-_LETTERS = ("A-Za-z\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\u02af\u0300-\u1fff\u2c00-\u2dff\u2e80-\u2fdf\u3005-\u3007"
+# Letters of the scripts of Unicode; characters that join whatever is beside them (accents, joiners, variants); the rest
+# is punctuation and symbols. Nothing depends on these being complete: `borders` tests them against the pieces.
+_LETTERS = ("A-Za-z\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\u02af\u0370-\u1fff\u2c00-\u2dff\u2e80-\u2fdf\u3005-\u3007"
             "\u3021-\u302f\u3031-\u3035\u3038-\u303c\u3040-\ud7ff\uf900-\ufdff\ufe70-\ufefc\uff21-\uff3a\uff41-\uff5a"
             "\uff66-\uffdc\U00010000-\U0001cfff\U00020000-\U0003ffff")
-# Each cuts between two neighbouring characters or not, whatever stands around them: that makes the test enough.
-PATTERNS = (
-    # Letters, and what is none, each with the spaces before it.
-    *(rf" *[{_LETTERS}]+| *[^ {ends}{_LETTERS}]+| +|[{ends}]+" for ends in (r"\n\t", r"\n")),
-    # What lies between spaces and the ends of lines.
-    *(rf" *[^ {ends}]+| +|[{ends}]+" for ends in (r"\n\t", r"\n")),
-)
+_JOINING = "\u0300-\u036f\u200c\u200d\u20d0-\u20ff\ufe00-\ufe0f"
+
+
+def _pattern(line_ends: str, digits_apart: bool) -> str:
+    """Words are letters, a digit, or a run of neither, with the spaces before them; joining characters go on with it."""
+    run = (rf"(?:[{_LETTERS}]+|[0-9]|[^ {line_ends}0-9{_LETTERS}{_JOINING}]+)" if digits_apart else
+           rf"(?:[{_LETTERS}]+|[^ {line_ends}{_LETTERS}{_JOINING}]+)")
+    return rf" *+(?:{run}|(?=[{_JOINING}]))(?:[{_JOINING}]+{run}?)*+| ++|[{line_ends}]++"
+
+
+_LINE_ENDS = (r"\n\t", r"\n")  # a tab stands alone too, or not
+# The finest first. Each cuts between two neighbouring characters or not, whatever stands around them: that makes the
+# test against the pieces enough.
+PATTERNS = (*(_pattern(ends, apart) for apart in (True, False) for ends in _LINE_ENDS),
+            *(rf" *+[^ {ends}]++| ++|[{ends}]++" for ends in _LINE_ENDS))  # what lies between spaces and line ends
 _BORDER = re.compile(r"(?<=[^ \n\t])[ \n]")  # one that every pattern has
 
 

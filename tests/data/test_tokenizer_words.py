@@ -22,8 +22,9 @@ MIXED = ["l'été «où»", "x−1≤y", "人々は、東京へ。", "Ωμέγα
 
 def made(**options) -> Tokenizer:
     settings = dict(vocab_size=600, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                    remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2, character_coverage=1.0)
-    corpus = [*texts(20), *(text * 2 for text in MIXED for _ in range(8)), *["see foo_bar(x) and the rest\n" * 9] * 9]
+                    remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2, character_coverage=1.0,
+                    split_digits=True)
+    corpus = [*texts(20), *(text * 2 for text in MIXED for _ in range(8)), *["see foo_bar(x) in 1984 and the rest\n" * 9] * 9]
     sentences = [line for text in corpus for line in text.split("\n") if line]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **settings | options)
@@ -34,6 +35,7 @@ MODELS = {
     "default": lambda: train([*texts(60), *MIXED * 8], 700),
     "map_neo": lambda: train([*texts(60), *MIXED * 8], 700, "map_neo"),
     "across scripts": lambda: made(split_by_unicode_script=False, split_by_number=False),
+    "numbers": lambda: made(split_digits=False),
     "symbols": lambda: made(user_defined_symbols=["\n", "<|im_start|>", "\n\n", "if", "▁x"]),
     "whitespace": lambda: made(allow_whitespace_only_pieces=True, add_dummy_prefix=True),
 }
@@ -71,9 +73,15 @@ def test_the_finest_borders_that_no_piece_crosses():
     assert borders(MODELS["default"]().proto).pattern == PATTERNS[0]
     tabs = MODELS["map_neo"]()
     assert any(piece.piece == "\t#" for piece in tabs.proto.pieces) and borders(tabs.proto).pattern == PATTERNS[1]
+    joined = made()
+    assert any("\u200c" in piece.piece[1:-1] for piece in joined.proto.pieces)
+    assert borders(joined.proto).pattern in PATTERNS[:2]
     across = MODELS["across scripts"]()
     assert any(piece.piece == "\u2581foo_bar(x)" for piece in across.proto.pieces)
-    assert borders(across.proto).pattern in PATTERNS[2:]
+    assert borders(across.proto).pattern in PATTERNS[4:]
+    numbers = made(split_digits=False)
+    assert any(piece.piece == "\u25811984" for piece in numbers.proto.pieces)
+    assert borders(numbers.proto).pattern in PATTERNS[2:4]
 
 
 @pytest.mark.parametrize("options", [
