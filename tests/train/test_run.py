@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from neo.config import load
+from neo.data.ledger import Ledger
 from neo.errors import InputError, RestartSafe
 from neo.train.workdir import Run
 
@@ -178,6 +179,9 @@ def test_nan_keeps_the_state_and_tells_step_documents_and_checkpoint(whole, comm
     assert len(event["documents"]) >= 2
     assert all(name.split("/")[0] in ("a", "b") for name in event["documents"])
     assert all(name in error for name in event["documents"][:8])
+    assert f"python -m neo.data.trace {tmp_path / 'run'} --step=6" in error
+    traced = [f"{row.address.source}/{part.document}" for row in Ledger.of(tmp_path / "run").batch(6) for part in row.parts]
+    assert list(dict.fromkeys(traced)) == event["documents"]
     # The last good state is that of the run without the NaN, and the next one was not written.
     assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 5]
     again = command(tmp_path / "run", checkpoint__every_steps=1)
