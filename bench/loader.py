@@ -211,6 +211,10 @@ class Streaming:
         self._child.stdin.flush()
         return tuple(json.loads(self._child.stdout.readline()))
 
+    def close(self) -> None:
+        self._child.kill()  # it makes batches ahead of files that are about to go
+        self._child.wait()
+
 
 def streaming_worker(store: str, folder: str) -> None:
     """In the other interpreter: write MDS shards, then one turn for every line on stdin."""
@@ -317,6 +321,8 @@ def throughput(folder: str, rounds: int, seconds: float, streaming: str) -> dict
             if peer in turns:
                 pairs = zip(turns["neo"], turns[peer], strict=True)
                 found[short + suffix] = round(statistics.median(ours[i] / theirs[i] for ours, theirs in pairs), 2)
+    if streaming:
+        other.close()
     begin = time.perf_counter()
     next(hf_batches(hf, skip=20_000))
     found["hf_iterable_first_batch_at_row_20000_s"] = round(time.perf_counter() - begin, 3)

@@ -14,11 +14,18 @@ TABLE = {
     "neo.train": {"config": REQUIRED, "workdir": "", "print_config": False, "distributed": "auto", "coordinator": "",
                   "num_processes": 0, "process_id": -1, "json": False},
     "neo.data.prepare": {"input": None, "out": None, "source": None, "tokenizer": None, "text_field": "text", "id_field": None,
-                         "validation": 0.001, "seed": 0, "workers": None, "on_bad_text": "replace", "overwrite": False,
-                         "demo": False},
-    "neo.data.tokenizer train": {"input": REQUIRED, "out": REQUIRED, "vocab_size": 64000, "preset": "default"},
-    "neo.data.tokenizer import": {"file": REQUIRED, "out": REQUIRED},
-    "neo.data.tokenizer report": {"tokenizer": REQUIRED, "input": REQUIRED, "json": False},
+                         "prompt_field": "", "group_field": "", "tokens_field": "", "validation": 0.001, "seed": 0,
+                         "workers": None, "on_bad_text": "replace", "packing": "concatenate", "seq_len": 0, "fim_spm_rate": 0.5,
+                         "reverse": "", "canaries": "", "variants": 1, "seqio_mixture": "", "module": "", "split": "train",
+                         "feature": "targets", "overwrite": False, "demo": False},
+    "neo.data.tokenizer train": {"input": REQUIRED, "out": REQUIRED, "vocab_size": 64000, "preset": "default", "weights": (),
+                                 "pad_vocab_to": 0, "overwrite": False},
+    "neo.data.tokenizer import": {"file": REQUIRED, "out": REQUIRED, "pad_vocab_to": 0},
+    "neo.data.tokenizer report": {"tokenizer": REQUIRED, "input": REQUIRED, "language_field": "", "json": False},
+    "neo.data.inspect": {"store": None, "config": None, "phase": "", "samples": 3, "chars": 400, "all": False, "out": None,
+                         "verify": False, "json": False},
+    "neo.data.trace": {"workdir": REQUIRED, "step": None, "row": None, "document": "", "full": False, "store": "",
+                       "json": False},
     "neo.convert from-hf": {"src": REQUIRED, "out": REQUIRED, "revision": "", "overwrite": False},
     "neo.convert to-hf": {"checkpoint": REQUIRED, "out": REQUIRED, "dtype": "bf16", "shard_size": "5GB", "all": False,
                           "model_type": "auto", "repeat_kv": False, "overwrite": False},
@@ -55,5 +62,5 @@ def test_arguments_and_defaults(name):
     assert all(f"--{key}" in text or key.upper() in text for key in TABLE[name])
 
 
-def test_only_train_takes_config_overrides():
-    assert [name for name, command in commands().items() if command.takes_overrides] == ["neo.train"]
+def test_which_commands_take_config_overrides():
+    assert [name for name, command in commands().items() if command.takes_overrides] == ["neo.data.inspect", "neo.train"]

@@ -127,7 +127,8 @@ def _check_mixtures(config: Config, phase: PhaseConfig) -> None:
             _require(bool(_NAME.fullmatch(source)),
                      f"{at}.{name}: source name {source!r} may have letters, digits, '_' and '-' only")
             _require(weight >= 0 and weight < float("inf"), f"{at}.{name}.{source}={weight}: 0 or more is needed")
-    _require(all(batch >= 1 for batch in phase.batch_ramp), f"{at}.batch_ramp={phase.batch_ramp}: batches of 1 or more are needed")
+    _require(all(batch >= 1 for batch in phase.batch_ramp),
+             f"{at}.batch_ramp={phase.batch_ramp}: batches of 1 or more are needed")
     _require(bool(phase.batch_ramp) == (phase.batch_ramp_tokens > 0) and phase.batch_ramp_tokens <= phase.tokens,
              f"{at}.batch_ramp_tokens={phase.batch_ramp_tokens}: with a batch_ramp more than 0 and at most the phase's "
              f"tokens={phase.tokens}, without one 0")

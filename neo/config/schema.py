@@ -157,7 +157,8 @@ class DataConfig:
     reweight_reference: dict[str, float] = operational(
         {}, "reweight_steps: source name -> held-out loss that it is meant to reach, nats per token")
     reweight_rate: float = operational(1.0, "reweight_steps: weight *= exp(this * (loss - reference)) (1 in the paper)")
-    reweight_floor: float = operational(1e-4, "reweight_steps: share spread evenly over all sources (1e-4 in the authors' code)")
+    reweight_floor: float = operational(
+        1e-4, "reweight_steps: share spread evenly over all sources (1e-4 in the authors' code)")
     reweight_clip: float = operational(1.0, "reweight_steps: loss - reference counts from 0 to this")
 
 
@@ -169,14 +170,15 @@ class PhaseConfig:
     tokens: int = identity(0, "target tokens of the phase; rounded up to whole steps")
     seq_len: int = identity(8192, "T, tokens per sequence")
     global_batch: int = identity(1024, "B, sequences per optimizer step over all devices")
-    batch_ramp: tuple[int, ...] = identity((), "global batches before global_batch, each for an equal share of batch_ramp_tokens")
+    batch_ramp: tuple[int, ...] = identity(
+        (), "global batches before global_batch, each for an equal share of batch_ramp_tokens")
     batch_ramp_tokens: int = identity(0, "tokens of the phase that batch_ramp takes")
     mixture: dict[str, float] = identity({}, "source name -> weight; weights are normalised; 0 switches a source off")
     mixture_end: dict[str, float] = identity(
         {}, "mixture at the end of the phase, reached in a straight line; empty = the same all along")
     mixture_unit: str = identity(
-        "weight", "what the mixtures count: weights of any size, tokens of the phase, or epochs of each source; with tokens = 0 "
-                  "the phase is as long as they say", MIXTURE_UNITS)
+        "weight", "what the mixtures count: weights of any size, tokens of the phase, or epochs of each source; with "
+                  "tokens = 0 the phase is as long as they say", MIXTURE_UNITS)
     peak_lr: float = identity(2e-4, "learning rate at the end of the warm-up")
     start_lr: float = identity(0.0, "learning rate at the first token of the warm-up")
     final_lr: float = identity(2e-5, "learning rate at the last token of the phase")

@@ -79,7 +79,6 @@ def _is_run(path: str) -> bool:
 def _planned(args: Namespace) -> _Subject:
     """The run of a config, with the stores that are there opened where they are needed."""
     from neo.config import PhaseConfig, load
-    from neo.data.order import Order
     from neo.data.planning import planned_order
     from neo.data.sources import open_sources
 
@@ -91,10 +90,6 @@ def _planned(args: Namespace) -> _Subject:
     if there and (args.samples or args.verify):
         # As the trainer opens them (many at a time, checked against each other), but without those that are missing.
         sources = open_sources(dataclasses.replace(config, phases=(PhaseConfig(mixture=dict.fromkeys(there, 1.0)),)))
-        # Once more, for what only the stores can tell: sources packed for one sequence length.
-        tokens = {name: size.tokens for name, size in sizes.items()}
-        order = Order.create(config.phases, config.sources, tokens, config.data.seed,
-                             alignment={name: source.alignment for name, source in sources.items()})
     given = [f"--config={args.config}", *(f"--config.{path}={text}" for path, text in args.overrides)]
     return _Subject(config, order, sizes, sources, 0,
                     f"python -m neo.train {shlex.join(given)}{'' if there or config.data.synthetic else ' --print_config'}")

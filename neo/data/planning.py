@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,14 +13,16 @@ from neo.data.amendments import Amendment
 from neo.data.order import Order
 from neo.errors import InputError
 
+READERS = 32  # ours: manifests of remote sources asked for at once
 UNKNOWN_TOKENS = 1 << 62  # a size that no run reaches the end of
 
 
 class Size(NamedTuple):
-    """Tokens of a source's training split, and where the number comes from: store, planned, synthetic or unknown."""
+    """Tokens of a source's training split; where the number comes from (store, planned, synthetic or unknown); alignment."""
 
     tokens: int
     origin: str
+    alignment: int = 1  # sequence length that a packed source is for
 
 
 def store_path(config: Config) -> str:
@@ -40,7 +43,11 @@ def source_names(phases: Sequence[PhaseConfig], amendments: Sequence[Amendment] 
 
 def source_sizes(config: Config) -> dict[str, Size]:
     """Size of every source of the config: from its store where there is one, else as the recipe plans it."""
-    return {name: _size(config, name) for name in config.sources}
+    names = config.sources
+    if not any(store_files.is_url(source_path(config, name)) for name in names):
+        return {name: _size(config, name) for name in names}
+    with concurrent.futures.ThreadPoolExecutor(READERS, thread_name_prefix="neo-size") as pool:
+        return dict(zip(names, pool.map(lambda name: _size(config, name), names), strict=True))
 
 
 def _size(config: Config, name: str) -> Size:
@@ -50,7 +57,8 @@ def _size(config: Config, name: str) -> Size:
     manifest = store.read_manifest(path)
     if manifest is not None:
         try:
-            return Size(int(manifest["splits"]["train"]["tokens"]), "store")
+            packing = manifest.get("packing")
+            return Size(int(manifest["splits"]["train"]["tokens"]), "store", int(packing["seq_len"]) if packing else 1)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{store_files.join(path, store.MANIFEST)}: damaged ({type(error).__name__}: {error}); prepare "
                              "the source again or copy it again") from error
@@ -72,7 +80,8 @@ def planned_order(config: Config, amendments: Sequence[Amendment] = ()) -> tuple
             raise InputError(f"phases.{phase.name}.mixture counts epochs, and nothing tells the size of "
                              f"{', '.join(unknown[:8])}: give --config.data.source_tokens.{unknown[0]}=TOKENS, or prepare it")
     tokens = {name: size.tokens for name, size in sizes.items()}
-    return Order.create(config.phases, config.sources, tokens, config.data.seed, amendments), sizes
+    alignment = {name: size.alignment for name, size in sizes.items()}
+    return Order.create(config.phases, config.sources, tokens, config.data.seed, amendments, alignment), sizes
 
 
 def create_order(config: Config, sources: Mapping[str, Any], amendments: Sequence[Amendment] = (),
