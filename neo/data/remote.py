@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from neo import extras
@@ -14,6 +16,7 @@ from neo.errors import InputError, NeoError
 T = TypeVar("T")
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # ours: seconds before each further attempt; s3fs and gcsfs try several times in each
 PATIENCE = 120.0  # ours: no further attempt after so many seconds, as one of gcsfs alone may take 30 to 50
+AT_ONCE = 32  # ours: requests under way at a time while sources are opened; one takes some 50 ms
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 CREDENTIALS = {
     "s3fs": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, write ~/.aws/credentials, or give the machine a role that "
@@ -104,6 +107,23 @@ def _said(error: Exception) -> str:
     """What an error says, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@contextlib.contextmanager
+def several(paths: Sequence[str]) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` that asks for many things at a time if some of `paths` are addresses.
+
+    Results, and the first error, come in order.
+    """
+    if not any("://" in path for path in paths):
+        yield map
+        return
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE, thread_name_prefix="neo-open") as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what failed ends it; do not ask for the others
+            raise
 
 
 def version(info: dict[str, Any]) -> str | None:

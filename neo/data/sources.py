@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from neo.config.schema import Config
-from neo.data import block_cache, store, store_files
+from neo.data import block_cache, remote, store, store_files
 from neo.data.planning import source_path, store_path
 from neo.data.synthetic import synthetic_source
 from neo.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from neo.data.tokenizer import Tokenizer
-
-OPENERS = 32  # ours: remote sources opened at a time; each needs some requests of 50 ms
 
 
 def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
@@ -34,7 +30,7 @@ def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
     else:
         block_cache.configure(config.data.cache, config.data.cache_gb * 1e9)
         paths = [source_path(config, name) for name in names]
-        with _several(paths) as each:
+        with remote.several(paths) as each:
             _require_all(config, names, list(each(store.read_manifest, paths)))
             sources = dict(zip(names, each(store.open_source, paths), strict=True))
     first = next(iter(sources), None)
@@ -48,20 +44,6 @@ def open_sources(config: Config, also: Iterable[str] = ()) -> dict[str, Any]:
                              f"{sources[first].tokenizer_sha256[:12]} and {source.tokenizer_sha256[:12]}); prepare "
                              f"{name!r} again with --tokenizer={store_files.join(store_path(config), 'tokenizer')}")
     return sources
-
-
-@contextlib.contextmanager
-def _several(paths: Sequence[str]) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` that asks for many remote things at a time; results and the first error come in order."""
-    if not any(map(store_files.is_url, paths)):
-        yield map
-        return
-    with concurrent.futures.ThreadPoolExecutor(OPENERS, thread_name_prefix="neo-open") as pool:
-        try:
-            yield pool.map
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # one that cannot be opened ends it; do not ask for the others
-            raise
 
 
 def _require_all(config: Config, names: list[str], manifests: list[Any]) -> None:

@@ -186,6 +186,42 @@ def _remote_key(info: dict[str, Any], path: str, size: int) -> str:
     return block_cache.digest(path, size, remote.version(info) or os.urandom(16).hex())
 
 
+class RemoteNumbers:
+    """Rising uint64 numbers in a remote file, `count` of them from byte `start` (a multiple of 8) on.
+
+    Stands for the array of them where all in memory would be too much: only the blocks that are asked for are read, and
+    they stay in the block cache alone.
+    """
+
+    def __init__(self, file: RemoteBytes, start: int, count: int):
+        self._file, self._start, self._stop = file, start, start + 8 * count
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        first, last, _ = places.indices((self._stop - self._start) // 8)
+        return self._file.read(self._start + 8 * first, self._start + 8 * max(first, last)).view("<u8")
+
+    def searchsorted(self, value: Any, side: str = "left") -> int:
+        """How many of the numbers are below `value` (`side` left), or not above it (right)."""
+        low, high = self._start // BLOCK_BYTES, max(self._stop - 1, self._start) // BLOCK_BYTES
+        while low < high:
+            middle = (low + high) // 2
+            last = (middle + 1) * BLOCK_BYTES
+            if self._file.read(last - 8, last).view("<u8").searchsorted(value, side) == 0:
+                high = middle
+            else:
+                low = middle + 1
+        first = max(low * BLOCK_BYTES, self._start)
+        part = self._file.read(first, min((low + 1) * BLOCK_BYTES, self._stop)).view("<u8")
+        return (first - self._start) // 8 + int(part.searchsorted(value, side))
+
+
+def rising_numbers(file: LocalBytes | RemoteBytes, start: int, count: int) -> np.ndarray | RemoteNumbers:
+    """Rising uint64 numbers from byte `start` of a file on, to be sliced and searched: a view of a local file."""
+    if isinstance(file, RemoteBytes):
+        return RemoteNumbers(file, start, count)
+    return file.read(start, start + 8 * count).view("<u8")
+
+
 class FlatTokens:
     """Little-endian tokens, one after the other."""
 

@@ -19,6 +19,8 @@ import threading
 import time
 
 import fsspec
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -298,6 +300,18 @@ def test_several_blocks_are_one_request_and_threads_agree(flaky, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(some, range(8)))
     assert len(shard_reads()) == 40  # 20,000 bytes, each block once
+
+
+@hypothesis.given(numbers=st.lists(st.integers(0, 40), max_size=60), value=st.integers(0, 41),
+                  side=st.sampled_from(["left", "right"]), places=st.tuples(st.integers(0, 60), st.integers(0, 60)))
+def test_numbers_of_a_remote_file_are_searched_as_an_array_is(numbers, value, side, places):
+    array = np.sort(np.array(numbers, "<u8"))
+    fsspec.filesystem("flaky").pipe_file("/tiny/numbers", bytes(16) + array.tobytes() + b"more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_files, "BLOCK_BYTES", 64)
+        got = store_files.rising_numbers(store_files.RemoteBytes("flaky://tiny/numbers", 20 + array.nbytes), 16, len(array))
+        assert got.searchsorted(np.uint64(value), side=side) == array.searchsorted(np.uint64(value), side=side)
+        assert np.array_equal(got[places[0]:places[1]], array[places[0]:places[1]])
 
 
 def test_memory_of_all_files_together_is_bounded(flaky, monkeypatch):
