@@ -169,7 +169,7 @@ def finish(out: str, prepared: list[tuple[dict[str, Any], bool]], next_command: 
     print()
     print("Config lines:")
     print(f"    c.data.store = {out!r}")
-    print(f"    c.model.vocab_size = {padded(vocab_size)}   # at least {vocab_size}")
+    print(f"    c.model.vocab_size = {rows(out)}   # at least {vocab_size}")
     print(f"    mixture={weights!r}   # in each phase(...); these weights are the shares of the tokens")
     packed = {manifest["source"]: manifest["packing"]["seq_len"] for manifest in everything if manifest.get("packing")}
     for name, length in packed.items():
@@ -180,7 +180,7 @@ def finish(out: str, prepared: list[tuple[dict[str, Any], bool]], next_command: 
     together = {name: weight for name, weight in weights.items() if packed.get(name, seq_len) == seq_len}
     print()
     print(f"Wrote {', '.join(os.path.join(out, manifest['source']) for manifest, _ in prepared)}")
-    print(f"Next: {next_command or try_command(out, together, vocab_size, seq_len)}")
+    print(f"Next: {next_command or try_command(out, together, rows(out), seq_len)}")
     unreadable = [name for manifest, _ in prepared for name in manifest["prepare"].get("unreadable", ())]
     if unreadable:
         raise StoppedForPerson(f"{len(unreadable)} inputs could not be read, the others were used: "
@@ -207,6 +207,13 @@ def try_command(out: str, weights: dict[str, float], vocab_size: int, seq_len: i
 def padded(vocab_size: int) -> int:
     """The next multiple of 128: the width of a matrix unit, and divisible over `tensor`."""
     return -(-vocab_size // 128) * 128
+
+
+def rows(out: str) -> int:
+    """Rows that a model's table should have for a store, as its tokenizer says: the next multiple of 128, or its own."""
+    from neo.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(os.path.join(out, "tokenizer")).padded_vocab_size
 
 
 def token_shares(manifests: list[dict[str, Any]]) -> dict[str, float]:

@@ -386,6 +386,7 @@ def test_a_store_is_prepared_with_a_folder(tmp_path, capfd, neox):
     assert code == 0, err
     there = Tokenizer.load(str(tmp_path / "store"))
     assert there == dataclasses.replace(neox, padded_size=512) and there.sha256 == neox.sha256
+    assert "c.model.vocab_size = 512   # at least 400" in out
     source_of_text = open_source(str(tmp_path / "store" / "text"))
     assert source_of_text.tokenizer_sha256 == neox.sha256
     code, out, err = command(capfd, prepare, tmp_path / "in", f"--out={tmp_path / 'store'}", "--source=more", "--seed=1")
