@@ -154,8 +154,9 @@ def _check_data(config: Config) -> None:
         ramped = [phase.name for phase in config.phases if phase.mixture_end]
         _require(not ramped, f"data.reweight_steps={data.reweight_steps} sets the weights, and so does "
                              f"phases.{(ramped or [''])[0]}.mixture_end; use one of them")
-        _require(data.reweight_steps > data.prefetch,
-                 f"data.reweight_steps={data.reweight_steps}: more than data.prefetch={data.prefetch} is needed")
+        _require(data.prefetch < data.reweight_lead,
+                 f"data.prefetch={data.prefetch}: with data.reweight_steps={data.reweight_steps} new weights act "
+                 f"{data.reweight_lead} steps after they are decided: make at most {data.reweight_lead - 1} batches ahead")
 
 
 def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:

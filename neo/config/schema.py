@@ -17,6 +17,9 @@ LR_SHAPES = ("cosine", "linear", "constant")
 REMAT_POLICIES = ("none", "minimal", "attention", "full")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 ATTENTION_IMPLEMENTATIONS = ("auto", "dense", "blockwise")
+# Ours: steps from deciding new mixture weights to their effect; batches of the steps between may have been made ahead already.
+# A constant, not data.prefetch: the stream must not depend on how many batches are made ahead.
+REWEIGHT_LEAD = 8
 OPTIMIZERS = ("adamw",)
 PROGRESS_MODES = ("auto", "live", "plain", "off")
 NORMS = ("rms", "layer")
@@ -160,6 +163,11 @@ class DataConfig:
     reweight_floor: float = operational(
         1e-4, "reweight_steps: share spread evenly over all sources (1e-4 in the authors' code)")
     reweight_clip: float = operational(1.0, "reweight_steps: loss - reference counts from 0 to this")
+
+    @property
+    def reweight_lead(self) -> int:
+        """Steps from a decision on weights to its effect."""
+        return min(self.reweight_steps, REWEIGHT_LEAD)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Dynamic weights: every data.reweight_steps steps the mixture follows the held-out losses (neo/data/reweight.py).
 
-New weights are an amendment of the data order, effective LEAD steps after the losses were measured. They ride in every
-checkpoint, so a run that is killed and goes on reads the same stream; later decisions repeat because the losses do.
+New weights are an amendment of the data order, effective `reweight_lead` steps after the losses were measured. They ride in
+every checkpoint, so a run that is killed and goes on reads the same stream; later decisions repeat because the losses do.
 """
 
 from __future__ import annotations
@@ -24,24 +24,11 @@ from neo.train.hooks import Hook
 if TYPE_CHECKING:
     from neo.train.session import Session
 
-# Ours. Steps from the decision to its effect: batches of the steps between may have been made ahead already. A constant,
-# not data.prefetch: the stream must not depend on how many batches are made ahead.
-LEAD = 8
-
-
-def lead(config: Config) -> int:
-    """Steps from a decision to its effect."""
-    return min(config.data.reweight_steps, LEAD)
-
-
 def check(config: Config, sources: Mapping[str, Any]) -> None:
     """InputError unless these opened sources can be re-weighted as the config asks."""
     data = config.data
     if not data.reweight_steps:
         return
-    if data.prefetch >= lead(config):
-        raise InputError(f"config.data.prefetch={data.prefetch}: with data.reweight_steps={data.reweight_steps} new weights "
-                         f"act {lead(config)} steps after they are decided: make at most {lead(config) - 1} batches ahead")
     if data.synthetic:
         raise InputError("config.data.reweight_steps: random tokens (data.synthetic) have no held-out loss to follow")
     without = [name for name, source in sources.items() if not source.split("validation").num_tokens]
@@ -58,8 +45,7 @@ class Reweighting(Hook):
 
     def __init__(self, session: Session, evaluation: Evaluation):
         self._session, self._evaluation = session, evaluation
-        check(session.config, session.sources)
-        self._lead = lead(session.config)
+        self._lead = session.config.data.reweight_lead
 
     def due(self, step: int, last: bool) -> bool:
         """Also where the run stops there: one that goes on later must find the same weights. A new phase begins with its

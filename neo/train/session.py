@@ -24,7 +24,7 @@ from neo.parallel import devices as device_facts
 from neo.parallel import distributed
 from neo.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from neo.parallel.rules import Layout, rules_for
-from neo.train import initial, memory, schedule
+from neo.train import initial, memory, reweighting, schedule
 from neo.train.checkpoint_format import checkpoints_in
 from neo.train.checkpoints import Checkpoints, restore
 from neo.train.optimizer import Optimizer
@@ -183,6 +183,7 @@ def build(config: Config, workdir: Workdir, log: Log) -> Session:
     saved = own[-1].data()["order"] if own else None
     with log.stage("opening the data"):
         sources = open_sources(config, amendments.saved_sources(saved))
+        reweighting.check(config, sources)
         data = TrainData(config, sources, saved)
         tokenizer = open_tokenizer(config, sources)
     checkpoints = Checkpoints(workdir.path, config.checkpoint.keep_last, config.checkpoint.permanent_every_steps)

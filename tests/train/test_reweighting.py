@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from neo.config import load
 from neo.config.schema import Config, DataConfig, PhaseConfig
 from neo.data import amendments
 from neo.data.ledger import Ledger
@@ -157,14 +158,20 @@ def opened(**splits):
 
 
 @pytest.mark.parametrize("data, message", [
-    (dict(reweight_steps=20, prefetch=8), "config.data.prefetch=8: .* act 8 steps after they are decided: make at most 7"),
-    (dict(reweight_steps=5, prefetch=5), "config.data.prefetch=5: .* act 5 steps after they are decided: make at most 4"),
     (dict(reweight_steps=20, synthetic=True), "random tokens .data.synthetic. have no held-out loss"),
     (dict(reweight_steps=20), "the held-out loss of each source, and 'b', 'c' holds no documents out: prepare it with")])
 def test_bad_input(data, message):
     with pytest.raises(InputError, match=message):
         check(Config(data=DataConfig(**data)), opened(a=(100, 10), b=(100, 0), c=(9, 0)))
     check(Config(data=DataConfig(**{**data, "reweight_steps": 0})), opened(b=(100, 0)))
+
+
+@pytest.mark.parametrize("steps, prefetch, lead", [(20, 8, 8), (5, 5, 5)])
+def test_more_batches_ahead_than_the_lead_are_refused(tiny, steps, prefetch, lead):
+    given = {"data.reweight_steps": steps, "data.prefetch": prefetch, "data.reweight_reference": "a=1,b=1"}
+    with pytest.raises(InputError, match=f"config.data.prefetch={prefetch}: .* act {lead} steps after .*: make at most {lead - 1}"):
+        load(tiny, given)
+    assert load(tiny, {**given, "data.prefetch": lead - 1}).data.reweight_lead == lead
 
 
 def test_a_source_without_held_out_documents_is_refused(train, tmp_path):
