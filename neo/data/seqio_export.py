@@ -193,7 +193,7 @@ def write_task(seqio: ModuleType, planned: PlannedTask, tokenizer: AnyTokenizer,
         comparison.add(name, ids, text)
         size = len(text.encode("utf-8"))
         facts.documents += 1
-        facts.tokens += len(ids)
+        facts.tokens += len(first) + len(both)
         facts.bytes += size
         facts.inner_ends += bool(np.isin(both, list(ends)).any())
         if len(prompt):

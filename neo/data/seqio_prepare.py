@@ -115,7 +115,7 @@ def prepare_mixture(request: MixtureRequest) -> Prepared:
             state = {name: _finished(request, name, facts["key"], tokenizer) for name, facts in plan["sources"].items()}
             manifests = [(manifest or _make(request, name, tokenizer, child), manifest is not None)
                          for name, manifest in state.items()]
-    mixture = describe(request, plan, [manifest for manifest, _ in manifests], tokenizer)
+    mixture = describe(request, plan, tokenizer)
     os.makedirs(os.path.dirname(request.json_path), exist_ok=True)
     write_json(request.json_path, mixture)
     return Prepared(manifests, mixture)
@@ -156,16 +156,16 @@ def warnings(name: str, facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def describe(request: MixtureRequest, plan: Mapping[str, Any], manifests: list[dict[str, Any]],
-             tokenizer: AnyTokenizer) -> dict[str, Any]:
+def describe(request: MixtureRequest, plan: Mapping[str, Any], tokenizer: AnyTokenizer) -> dict[str, Any]:
     """The mixture for its JSON file. `mixture` has the rates, for a phase, which counts tokens; seqio draws documents, and
     `mixture_of_documents` has the weights in tokens that come to the same documents.
     """
     rates = {name: facts["rate"] for name, facts in plan["sources"].items()}
     lengths = {}
-    for manifest in manifests:
-        splits = manifest["splits"].values()
-        lengths[manifest["source"]] = sum(one["tokens"] for one in splits) / sum(one["documents"] for one in splits)
+    for name in rates:
+        with open(os.path.join(request.out, name, ORIGIN), encoding="utf-8") as file:
+            facts = json.load(file)
+        lengths[name] = facts["tokens"] / facts["documents"] + 1  # its end
     return {"format": "neo.mixture", "version": 1, "name": request.name, "module": request.module, "split": request.split,
             "feature": request.feature, "prompt_field": request.prompt_field, "id_field": request.id_field,
             "seqio": plan["seqio"], "tensorflow_text": plan["tensorflow_text"], "tokenizer_sha256": tokenizer.sha256,
@@ -310,7 +310,9 @@ def run(args: Namespace) -> None:
         raise InputError("--module, --split and --feature need --seqio_mixture=NAME, the Task or Mixture")
     extra = sorted(args.given - taken)
     if extra:
-        raise InputError(f"--seqio_mixture brings its own inputs and sources; leave out {', '.join(extra)}")
+        flags = ", ".join("INPUT" if name == "input" else f"--{name}" for name in extra)
+        raise InputError(f"--seqio_mixture={args.seqio_mixture}: its Tasks say what is read and become the sources; "
+                         f"leave out {flags}")
     request = MixtureRequest(args.seqio_mixture, **{name: getattr(args, name) for name in sorted(taken & set(vars(args)))
                                                     if name != "seqio_mixture"})
     report(request, prepare_mixture(request))
@@ -318,7 +320,7 @@ def run(args: Namespace) -> None:
 
 def report(request: MixtureRequest, prepared: Prepared) -> None:
     """Print the table and the config lines."""
-    from neo.data.prepare import notes, padded, table, try_command
+    from neo.data.prepare import notes, rows, table, try_command
 
     mixture = prepared.mixture
     for manifest, there in prepared.manifests:
@@ -335,11 +337,13 @@ def report(request: MixtureRequest, prepared: Prepared) -> None:
     print()
     print("Config lines:")
     print(f"    c.data.store = {request.out!r}")
-    print(f"    c.model.vocab_size = {padded(vocab_size)}   # at least {vocab_size}")
+    print(f"    c.model.vocab_size = {rows(request.out)}   # at least {vocab_size}")
     print(f"    mixture={rates!r}   # in each phase(...): the rates of {request.name}, as shares of the tokens")
     if len(rates) > 1:
         print(f"    mixture={documents!r}   # or this: as many documents of each as seqio draws, whose rates count documents")
+    if request.seq_len:
+        print(f"    seq_len={request.seq_len}   # in each phase(...) that reads these sources, which are packed for it")
     print()
     print(f"Wrote {', '.join(os.path.join(request.out, manifest['source']) for manifest, _ in prepared.manifests)} and "
           f"{request.json_path}")
-    print(f"Next: {try_command(request.out, rates, vocab_size, request.seq_len)}")
+    print(f"Next: {try_command(request.out, rates, rows(request.out), request.seq_len)}")

@@ -143,7 +143,7 @@ def commands() -> None:
     prepare("my.pretokenized", "pretokenized", tokenizer="tok")
     prepare("my.random", "random")
     prepare("my.random", "random_again")
-    prepare("my.web", "packed", packing="best_fit", seq_len=128)
+    prepare("nested", "packed", packing="best_fit", seq_len=128)
 
 
 def bad_input() -> None:

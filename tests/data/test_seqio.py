@@ -181,6 +181,8 @@ def test_random_steps_give_the_same_every_time(found, folder):
 
 def test_a_packed_store_can_be_asked_for(found, folder):
     assert store.read_manifest(str(folder / "packed" / "my_web"))["packing"]["seq_len"] == 128
+    packed, plain = (json.loads((folder / name / "mixtures" / "nested.json").read_text()) for name in ("packed", "killed"))
+    assert packed["mixture_of_documents"] == pytest.approx(plain["mixture_of_documents"])
 
 
 @pytest.mark.parametrize(("label", "text"), [
@@ -310,7 +312,7 @@ def test_a_killed_child_is_safe_to_restart(folder, tmp_path, monkeypatch, invoke
     (["--module=my_tasks", "--out=x"], "need --seqio_mixture=NAME"),
     (["--seqio_mixture=nested", "--out=x"], "--module is missing"),
     (["--seqio_mixture=nested", "--module=my_tasks"], "--out is missing"),
-    (["texts", "--seqio_mixture=nested", "--module=my_tasks", "--out=x", "--source=y"], "leave out input, source"),
+    (["texts", "--seqio_mixture=nested", "--module=my_tasks", "--out=x", "--source=y"], "leave out INPUT, --source"),
 ])
 def test_wrong_arguments(tmp_path, monkeypatch, invoked, arguments, text):
     monkeypatch.chdir(tmp_path)
