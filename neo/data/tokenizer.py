@@ -420,6 +420,7 @@ COMMAND = Command(
                          shown="the model's </s>, the folder's eos_token"),
                 Argument("extra_token", "control token with the next id after a SentencePiece model's; may be repeated",
                          default=(), many=True),
+                Argument("no_bos", "texts do not begin with BOS, whatever the folder says", default=False, type=bool),
                 dataclasses.replace(_PADDING, shown="the rows in the folder's config.json; 128"),
                 _OVERWRITE),
             examples=("python -m neo.data.tokenizer import tokenizer.model --out=data/mine/tokenizer",

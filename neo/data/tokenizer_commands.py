@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -109,6 +110,7 @@ def run_import(args: Namespace) -> None:
     """Check and copy a SentencePiece model or the tokenizer of a Hugging Face folder."""
     padding = _padding(args)
     tokenizer = _imported(args.file, args.eod_id if "eod_id" in args.given else None, args.extra_token)
+    tokenizer = dataclasses.replace(tokenizer, add_bos=False) if args.no_bos else tokenizer
     tokenizer = with_padding(tokenizer, padding) if padding else tokenizer
     there = _is_there(args.out)
     if there:
@@ -170,8 +172,10 @@ def _padding(args: Namespace) -> int:
 
 
 def _describe(tokenizer: AnyTokenizer) -> None:
+    begin = f", texts begin with {tokenizer.piece(tokenizer.bos_id)}" if tokenizer.add_bos else ""
     print(f"    vocabulary {tokenizer.vocab_size}, rows of the model {tokenizer.padded_vocab_size}, end of document is id "
-          f"{tokenizer.eod_id} ({tokenizer.piece(tokenizer.eod_id)}), sha256 {tokenizer.sha256}")
+          f"{tokenizer.eod_id} ({tokenizer.piece(tokenizer.eod_id)}){begin}, "
+          f"sha256 {tokenizer.sha256}")
 
 
 def _is_there(folder: str) -> bool:
