@@ -218,6 +218,17 @@ def test_what_is_missing_is_named_in_one_message(address):
         open_sources(config_for(f"{kind}://no-such-bucket/none"))
 
 
+def test_listings_are_never_of_yesterday(address):
+    before = store_files.list_sizes(f"{address}/web")
+    another = fsspec.filesystem(address.partition("://")[0], skip_instance_cache=True)  # as another process
+    another.pipe_file(f"{address}/web/new", b"12345")
+    try:
+        assert store_files.list_sizes(f"{address}/web") == {**before, "new": 5}
+    finally:
+        another.rm(f"{address}/web/new")
+    assert store_files.list_sizes(f"{address}/web") == before
+
+
 @pytest.mark.parametrize("layout", store.LAYOUTS)
 def test_a_pickled_split_reads_the_same(tmp_path, layout):
     write_source(str(tmp_path / "a"), "a", {"train": documents("a", 60, 1), "validation": []}, vocab_size=VOCAB, eod_id=EOD,
