@@ -53,11 +53,16 @@ _NAMES = [name for *_, name in _BLOCKS]
 
 
 def script_of(text: str) -> str:
-    """The script of most letters among the first 20,000 characters; of code it is that of its words, so Latin."""
+    """The script of most letters, counted in UTF-8 bytes, among the first 20,000 characters.
+
+    Bytes, because a Chinese character says what three Latin letters do. Of code it is the script of its words.
+    """
     characters = np.frombuffer(text[:LOOKED_AT].encode("utf-32-le", "replace"), "<u4")
+    sizes = 1 + sum((characters >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
     place = np.searchsorted(_EDGES, characters, "right")  # odd: inside of block place // 2
+    inside = place % 2 == 1
     counts = dict.fromkeys(SCRIPTS, 0)
-    for block, count in enumerate(np.bincount(place[place % 2 == 1] // 2, minlength=len(_NAMES)).tolist()):
+    for block, count in enumerate(np.bincount(place[inside] // 2, sizes[inside], minlength=len(_NAMES)).tolist()):
         counts[_NAMES[block]] += count
     best = max(counts, key=counts.__getitem__)
     if counts[best]:

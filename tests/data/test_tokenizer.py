@@ -381,7 +381,7 @@ def test_reports_go_by_source_and_language(trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("text, script", [
-    ("Hello, world", "Latin"), ("def f(x): return x", "Latin"), ("Война и мир and", "Cyrillic"), ("东京 is 首都", "Han"),
+    ("Hello, world", "Latin"), ("def f(x): return x", "Latin"), ("Война и мир and", "Cyrillic"), (".B 打开文件 \\fIa", "Han"),
     ("これはペンです", "Kana"), ("한국어", "Hangul"), ("السلام", "Arabic"), ("नमस्ते", "Devanagari"), ("Ελλάδα", "Greek"),
     ("1 + 1 = 2 €", "no letters"), ("", "no letters"), ("ᏣᎳᎩ", "other letters"), ("ÀÖØößÿ×÷", "Latin"), ("𠮷", "Han")])
 def test_the_script_of_most_letters(text, script):
