@@ -111,6 +111,10 @@ class Here:
         return seqio_export.write_task(seqio, self.planned[source], self.tokenizer, self.export, lambda **answer: None)
 
 
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def prepare(name: str, out: str, **changes: Any) -> seqio_prepare.Prepared:
     Here.asked = []
     request = MixtureRequest(name, changes.pop("module", "my_tasks"), out, validation=0.1, workers=1, **changes)
@@ -131,6 +135,18 @@ def commands() -> None:
         FOUND["killed"] = {"asked": list(Here.asked), "left": sorted(os.listdir("killed"))}
     Here.fail_on = ""
     prepare("nested", "killed")
+    # Killed after the export, before its source was finished: nothing is read again.
+    real, opened = (seqio_prepare.preparation.prepare, seqio_export.open_dataset), []
+    seqio_prepare.preparation.prepare = interrupt
+    try:
+        prepare("my.zh", "exported")
+    except KeyboardInterrupt:
+        FOUND["exported"] = sorted(os.listdir("exported/.seqio"))
+    seqio_prepare.preparation.prepare = real[0]
+    seqio_export.open_dataset = lambda *arguments: opened.append(arguments)
+    prepare("my.zh", "exported")
+    seqio_export.open_dataset = real[1]
+    FOUND["opened"] = len(opened)
     import my_tasks
     seqio.TaskRegistry.remove("my.code")
     my_tasks.add("code", upper=True)

@@ -147,6 +147,11 @@ def test_finished_sources_are_left_alone_and_a_killed_command_goes_on(found, fol
         assert documents(folder / "killed" / f"my_{name}") == expected(folder, name)
 
 
+def test_a_finished_export_is_not_made_again(found, folder):
+    assert found["exported"] == ["lock", "my_zh", "my_zh.json", "tokenizer"] and found["opened"] == 0
+    assert documents(folder / "exported" / "my_zh") == expected(folder, "zh")
+
+
 def test_a_changed_task_is_not_taken_for_the_old_one(found, folder):
     assert found["changed"][0] == 2 and "my_code: is finished, made from another version of the task" in found["changed"][1]
     assert found["changed asked"] == []
