@@ -5,8 +5,8 @@
 # make clean      remove the environments and caches made here; data/ and runs/ stay
 #
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu, hf, ...) adds optional packages to the environment:
-# `make test EXTRAS=parity,data` also compares with transformers on torch and with seqio, as CI does. WORKERS=8 runs the tests in
-# as many processes.
+# `make test EXTRAS=parity,data,remote` also compares with transformers on torch and with seqio, and reads from a local S3 server,
+# as CI does. WORKERS=8 runs the tests in as many processes.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

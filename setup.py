@@ -45,6 +45,7 @@ EXTRAS = {
              "tokenizers>=0.22"],
     # Tests against transformers' own models and llama.cpp; CI has them.
     "parity": ["torch>=2.7", "transformers>=4.56", "gguf>=0.19", "xllamacpp"],
+    "remote": ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "s3fs"],  # tests against a local S3 server; CI has it
     "bench": ["torch>=2.7", "transformers>=4.56", "datasets>=4.0"],
 }
 

@@ -21,6 +21,7 @@ EXTRAS = {
     "notebook": "notebooks",
     "test": "the tests",
     "parity": "the tests against transformers on torch and llama.cpp",
+    "remote": "the tests against a local S3 server",
     "bench": "the benchmarks against torch",
 }
 

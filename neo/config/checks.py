@@ -136,11 +136,12 @@ def _check_mixtures(config: Config, phase: PhaseConfig) -> None:
 
 def _check_data(config: Config) -> None:
     data, sources = config.data, config.sources
+    known = set(sources)
     for field in ("stores", "source_tokens", "max_epochs_of", "reweight_reference"):
         for name in getattr(data, field):
             # Entries for sources that overrides took out of the mixtures are no mistake; misspelt ones are.
-            _require(name in sources or not nearest(name, sources),
-                     f"data.{field} names {name!r}, which no mixture has{nearest(name, sources)}")
+            like = "" if name in known else nearest(name, known)
+            _require(not like, f"data.{field} names {name!r}, which no mixture has{like}")
     for name in ("max_epochs", "cache_gb", "prefetch", "reweight_steps", "reweight_rate", "reweight_clip"):
         _require(getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: 0 or more is needed")
     for field in ("source_tokens", "max_epochs_of"):

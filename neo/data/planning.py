@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from neo.config.schema import Config, PhaseConfig
-from neo.data import store, store_files, synthetic
+from neo.data import remote, store, store_files, synthetic
 from neo.data.amendments import Amendment
 from neo.data.order import Order
 from neo.errors import InputError
 
-READERS = 32  # ours: manifests of remote sources asked for at once
 UNKNOWN_TOKENS = 1 << 62  # a size that no run reaches the end of
 
 
@@ -44,10 +42,8 @@ def source_names(phases: Sequence[PhaseConfig], amendments: Sequence[Amendment] 
 def source_sizes(config: Config) -> dict[str, Size]:
     """Size of every source of the config: from its store where there is one, else as the recipe plans it."""
     names = config.sources
-    if not any(store_files.is_url(source_path(config, name)) for name in names):
-        return {name: _size(config, name) for name in names}
-    with concurrent.futures.ThreadPoolExecutor(READERS, thread_name_prefix="neo-size") as pool:
-        return dict(zip(names, pool.map(lambda name: _size(config, name), names), strict=True))
+    with remote.several([source_path(config, name) for name in names]) as each:
+        return dict(zip(names, each(lambda name: _size(config, name), names), strict=True))
 
 
 def _size(config: Config, name: str) -> Size:

@@ -83,7 +83,7 @@ class DocumentIndex:
         if head[:8] != DOCUMENTS_MAGIC or int.from_bytes(head[8:], "little") != num_documents:
             raise InputError(f"{path}: not the document index that the manifest describes; prepare the source again")
         # Contiguous copies would cost memory for nothing: local files stay memory-mapped views.
-        self._ends = self._bytes.read(DOCUMENTS_HEADER, DOCUMENTS_HEADER + 8 * num_documents).view("<u8")
+        self._ends = store_files.rising_numbers(self._bytes, DOCUMENTS_HEADER, num_documents)
 
     def find(self, position: int, side: str) -> int:
         """Number of documents that end before (`side` left) or at or before (right) `position`."""

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,7 +131,15 @@ def train(session: Session, hooks: list[Hook]) -> None:
     batches = prefetch(lambda step: session.data.batch(step, session.batch_sharding), session.steps_done,
                        session.stop_step, config.data.prefetch)
     with StopSignals() as signals, batches:
-        for step, batch in batches:
+        def keep() -> None:
+            if pending is not None:
+                recorder.settle(pending)
+            # Saving takes all processes, and the others may have read their rows: there the last checkpoint has to do.
+            if session.steps_done > session.start_step and jax.process_count() == 1:
+                session.save(session.state)
+                session.checkpoints.wait()
+
+        for step, batch in _until_unreadable(batches, keep):
             clock.lap("data")
             at = schedule.place(config, step)
             phase = config.phases[at.phase]
@@ -157,6 +165,15 @@ def train(session: Session, hooks: list[Hook]) -> None:
                     recorder.emit(done, values)
             if stopping and done < session.stop_step:
                 _stop(session, signals.name or "SIGTERM on another process")
+
+
+def _until_unreadable(batches: Iterable[tuple[int, Any]], keep: Callable[[], None]) -> Iterator[tuple[int, Any]]:
+    """`batches`; where a store stops answering, what was learnt before is kept."""
+    try:
+        yield from batches
+    except RestartSafe:
+        keep()
+        raise
 
 
 def _stop(session: Session, name: str) -> None:

@@ -193,6 +193,23 @@ def test_nan_keeps_the_state_and_tells_step_documents_and_checkpoint(whole, comm
         np.testing.assert_array_equal(array, others[name], err_msg=name)
 
 
+def test_a_store_that_goes_away_leaves_a_checkpoint_of_the_step_before(whole, command, same_end, tmp_path, monkeypatch):
+    from neo.data.loader import TrainData
+    real = TrainData.host_batch
+
+    def gone(self, step, rows=None):
+        if step >= 5:
+            raise RestartSafe("s3://bucket/store/a/train: the store does not answer, tried for 120 s")
+        return real(self, step, rows)
+    monkeypatch.setattr(TrainData, "host_batch", gone)
+    stopped = command(tmp_path / "run", checkpoint__every_steps=100)
+    assert stopped.code == 75 and "does not answer" in stopped.error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+    monkeypatch.undo()
+    assert command(tmp_path / "run").code == 0
+    same_end(whole, tmp_path / "run")
+
+
 def test_diverging_run_stops_before_any_checkpoint(command, tmp_path):
     stopped = command(tmp_path / "run", phases__short__peak_lr=1e38)
     assert stopped.code == 3
