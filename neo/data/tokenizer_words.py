@@ -17,6 +17,7 @@ import numpy as np
 SPACE = "\u2581"  # what SentencePiece writes for a space
 LARGEST_MEMORY = 128 << 20  # ours: about so many bytes of words and their ids are kept by a process
 WORD_BYTES = 200  # of a word in the dictionary, beside its characters (measured: 160 to 220)
+AT_ONCE = 100  # ours: words encoded together; the merging gets slower with the length of the text
 STRETCH = 1 << 17  # ours: characters cut into words at a time; the list of them takes 20 bytes a character
 # Letters of the scripts of Unicode; characters that join whatever is beside them (accents, joiners, variants); the rest
 # is punctuation and symbols. Nothing depends on these being complete: `borders` tests them against the pieces.
@@ -75,6 +76,7 @@ class Words:
         self._prefix = " " * proto.normalizer_spec.add_dummy_prefix
         self._find = pattern.findall
         self._dtype = np.dtype("<u2" if len(proto.pieces) <= 1 << 16 else "<u4")
+        [self._line_end] = self._processor.encode("\n")  # a piece, or the byte
         self._known: dict[str, bytes] = {}
         self._room = LARGEST_MEMORY
 
@@ -101,10 +103,23 @@ class Words:
         return np.frombuffer(bytearray().join(map(self._known.__getitem__, words)), self._dtype)
 
     def _learn(self, words: Sequence[str]) -> None:
-        found = self._processor.encode(words, out_type=int, num_threads=1)
-        ends = np.cumsum([len(ids) for ids in found]) * self._dtype.itemsize
-        content = np.fromiter((i for ids in found for i in ids), self._dtype).tobytes()
-        start = 0
-        for word, end in zip(words, ends.tolist(), strict=True):
-            self._known[word] = content[start:end]
-            start = end
+        plain = []
+        for word in words:
+            if "\n" in word or "\t" in word:
+                self._known[word] = self._encode(word).tobytes()
+            else:
+                plain.append(word)
+        # Many words a call, with line ends between them, which are borders: calls cost more than words, and giving the
+        # package a list makes it start threads.
+        size = self._dtype.itemsize
+        for first in range(0, len(plain), AT_ONCE):
+            some = plain[first:first + AT_ONCE]
+            ids = self._encode("\n".join(some))
+            ends = np.flatnonzero(ids == self._line_end)
+            content = ids.tobytes()
+            for word, start, end in zip(some, [0, *(size * (ends + 1)).tolist()], [*(size * ends).tolist(), len(content)],
+                                        strict=True):
+                self._known[word] = content[start:end]
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self._processor.encode(text), self._dtype)
