@@ -35,7 +35,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],  # runs on CUDA 13 drivers too
     "cloud": ["gcsfs", "s3fs"],  # gs:// and s3:// through fsspec and etils.epath
-    "data": ["seqio>=0.0.20", "tensorflow-text>=2.20"],
+    "data": ["seqio>=0.0.20", "tensorflow>=2.20", "tensorflow-text>=2.20", "absl-py>=2"],
     "hf": ["transformers>=4.56", "tokenizers>=0.22", "huggingface_hub>=0.34", "datasets>=4.0", "safetensors>=0.6"],
     "gguf": ["gguf>=0.19", "xllamacpp"],  # the writer, and llama.cpp prebuilt: K-quants, and the check by running the file
     "plan": ["jax[tpu]>=0.10"],  # libtpu compiles for TPUs on a machine without one; jax knows which one fits it

@@ -169,7 +169,7 @@ def test_bad_input(data, message):
 @pytest.mark.parametrize("steps, prefetch, lead", [(20, 8, 8), (5, 5, 5)])
 def test_more_batches_ahead_than_the_lead_are_refused(tiny, steps, prefetch, lead):
     given = {"data.reweight_steps": steps, "data.prefetch": prefetch, "data.reweight_reference": "a=1,b=1"}
-    with pytest.raises(InputError, match=f"config.data.prefetch={prefetch}: .* act {lead} steps after .*: make at most {lead - 1}"):
+    with pytest.raises(InputError, match=f"data.prefetch={prefetch}: .* act {lead} steps after .*: make at most {lead - 1}"):
         load(tiny, given)
     assert load(tiny, {**given, "data.prefetch": lead - 1}).data.reweight_lead == lead
 
