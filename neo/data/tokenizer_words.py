@@ -9,6 +9,7 @@ as the merging (measured with 64,000 pieces on English, code and manuals in 20 l
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def borders(proto: Any) -> re.Pattern[str] | None:
     kind = proto.pieces[0].Type if proto.pieces else None
     if (kind is None or trainer.model_type != trainer.BPE or spec.name != "identity" or spec.precompiled_charsmap
             or spec.remove_extra_whitespaces or not spec.escape_whitespaces or trainer.treat_whitespace_as_suffix
-            or kinds.count(kind.Value("BYTE")) != 256 or kind.Value("UNUSED") in kinds):
+            or not trainer.byte_fallback or kinds.count(kind.Value("BYTE")) != 256 or kind.Value("UNUSED") in kinds):
         return None
     whole = {kind.Value("NORMAL"), kind.Value("USER_DEFINED")}
     texts = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type in whole]
@@ -64,7 +65,7 @@ def borders(proto: Any) -> re.Pattern[str] | None:
 
 
 class Words:
-    """Text to ids through the words of a model. Not for several threads at a time."""
+    """Text to ids through the words of a model, those met before kept up to `LARGEST_MEMORY`."""
 
     def __init__(self, proto: Any, pattern: re.Pattern[str]):
         import sentencepiece
@@ -77,6 +78,7 @@ class Words:
         self._find = pattern.findall
         self._dtype = np.dtype("<u2" if len(proto.pieces) <= 1 << 16 else "<u4")
         [self._line_end] = self._processor.encode("\n")  # a piece, or the byte
+        self._lock = threading.Lock()  # the words of one thread must not be forgotten by another
         self._known: dict[str, bytes] = {}
         self._room = LARGEST_MEMORY
 
@@ -88,7 +90,9 @@ class Words:
         while start < len(text):
             border = _BORDER.search(text, start + STRETCH)
             stop = border.start() if border else len(text)
-            yield self._ids(text[start:stop] if start or border else text)
+            with self._lock:
+                ids = self._ids(text[start:stop] if start or border else text)
+            yield ids
             start = stop
 
     def _ids(self, text: str) -> np.ndarray:
