@@ -79,8 +79,26 @@ def test_attention_that_does_not_exist(train):
 
 
 def test_missing_store_tells_how_to_make_it(train, tmp_path):
-    has(train(store=tmp_path / "none"), "source 'a'", tmp_path / "none" / "a", "python -m neo.data.prepare",
-        f"--out={tmp_path / 'none'} --source=a", "--config.data.synthetic=True")
+    none = tmp_path / "none"
+    has(train(store=none), "2 of 2 sources", f"'a' ({none / 'a'})", f"'b' ({none / 'b'})", "python -m neo.data.prepare",
+        f"--out={none} --source=NAME", "--config.data.stores.NAME=FOLDER", "--config.data.synthetic=True")
+    one = train(store=none, phases__short__mixture="a=1", phases__long__mixture="a=1")
+    has(one, "source 'a'", none / "a", f"--out={none} --source=a", "--config.data.synthetic=True")
+
+
+def test_more_epochs_than_the_limit(train):
+    line = train(phases__long__tokens=10**7)
+    has(line, "more often than allowed", "'a' ", "'b' ", "limit 4", "--config.data.max_epochs_of.a=", "--config.data.max_epochs=0")
+    has(train(phases__long__tokens=10**7, data__max_epochs_of="a=1000"), "'b' ")
+
+
+def test_mixtures_that_cannot_be(train):
+    has(train(phases__short__mixture="a=0,b=0"), "phases.short.mixture", "above 0")
+    has(train(phases__short__mixture="a=-1,b=2"), "phases.short.mixture.a=-1", "0 or more")
+    has(train(phases__short__mixture_unit="epoch"), "mixture_unit='epoch'", "did you mean 'epochs'")
+    has(train(phases__short__mixture_unit="epochs", phases__short__tokens=0), "phases.short.tokens=0", "data.source_tokens")
+    has(train(phases__short__batch_ramp="2,4"), "phases.short.batch_ramp_tokens=0", "more than 0")
+    has(train(data__max_epochs_of="aa=2"), "data.max_epochs_of", "'aa'")
 
 
 def test_mistyped_source_names_the_near_one(train, store):
