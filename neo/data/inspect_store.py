@@ -37,12 +37,14 @@ def describe(source: Any) -> dict[str, Any]:
     """One source as plain values. `bytes_per_token` counts no end-of-document tokens, for they stand for no text."""
     train, held = source.split("train"), source.split("validation")
     tokens = train.num_tokens + held.num_tokens
-    text_tokens = tokens - train.num_documents - held.num_documents
+    # The index of a packed source counts pieces and padding.
+    documents = source.prepare.get("packing", {}).get("documents", train.num_documents)
+    text_tokens = tokens - documents - held.num_documents
     record = {kind: {reason: entry["documents"] for reason, entry in source.prepare.get(kind, {}).items()}
               for kind in ("skipped", "repaired")}
-    return {"path": source.path, "documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes,
+    return {"path": source.path, "documents": documents, "tokens": train.num_tokens, "bytes": train.num_bytes,
             "bytes_per_token": (train.num_bytes + held.num_bytes) / max(text_tokens, 1), "shards": len(train.shards),
-            "tokens_per_document": train.num_tokens / max(train.num_documents, 1),
+            "tokens_per_document": train.num_tokens / max(documents, 1),
             "held_out": {"documents": held.num_documents, "tokens": held.num_tokens, "share": held.num_tokens / max(tokens, 1)},
             "vocab_size": source.vocab_size, "eod_id": source.eod_id, "dtype": source.dtype, "layout": source.layout,
             "tokenizer_sha256": source.tokenizer_sha256, "packing": dict(source.packing) if source.packing else None,
