@@ -88,7 +88,8 @@ def test_missing_store_tells_how_to_make_it(train, tmp_path):
 
 def test_more_epochs_than_the_limit(train):
     line = train(phases__long__tokens=10**7)
-    has(line, "more often than allowed", "'a' ", "'b' ", "limit 4", "--config.data.max_epochs_of.a=", "--config.data.max_epochs=0")
+    has(line, "more often than allowed", "'a' ", "'b' ", "limit 4", "--config.data.max_epochs_of.a=",
+        "--config.data.max_epochs=0")
     has(train(phases__long__tokens=10**7, data__max_epochs_of="a=1000"), "'b' ")
 
 
