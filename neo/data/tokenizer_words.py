@@ -2,8 +2,8 @@
 
 SentencePiece merges over a whole text. No piece crosses certain borders (a space after a letter, a line's end), so no
 merge does, and what lies between two borders has the same ids in every text. `borders` finds, for a model, the finest
-set of borders that no piece of its crosses; words are mostly old acquaintances, and a look-up is three times as fast
-as the merging (measured with 64,000 pieces on English, code and manuals in 20 languages).
+set of borders that no piece of its crosses. Words are mostly old acquaintances: looking them up takes 100 ms a MB where
+merging takes 270 (ours: 64,000 pieces; English, code and manuals in 20 languages).
 """
 
 from __future__ import annotations
