@@ -41,7 +41,7 @@ def mpt(folder):
 
 
 def yulan(folder):
-    """yulan-team/YuLan-Mini has tokenizer.json alone, of the class LlamaTokenizer: SentencePiece-like BPE with byte
+    """yulan-team/YuLan-Mini has, as far as its config and lineage tell, tokenizer.json alone: SentencePiece-like BPE with byte
     fallback, a leading space, <s> before a text; more special tokens among the others (102 is <pad>), no row unused."""
     proto = train(texts(60), 500, "map_neo").proto
     merges = bpe_merges(proto)
