@@ -304,14 +304,14 @@ def test_prefetch_works_ahead_but_not_further_than_depth():
 
 
 def test_prefetch_overlaps_with_the_consumer():
+    begun = [threading.Event() for _ in range(12)]
+
     def make(i):
-        time.sleep(0.05)
+        begun[i].set()
         return i
 
-    begin = time.monotonic()
-    for _ in prefetch(make, 0, 12, 2):
-        time.sleep(0.05)
-    assert time.monotonic() - begin < 1.0  # 0.65 s overlapped, 1.2 s one after the other
+    for i, _ in prefetch(make, 0, 12, 2):
+        assert begun[min(i + 1, 11)].wait(20)  # made while this one is in use
 
 
 @pytest.mark.parametrize("depth", [0, 2])
