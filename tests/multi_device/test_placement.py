@@ -47,22 +47,30 @@ def test_the_global_batch_does_not_depend_on_the_mesh(shape, step):
             assert np.array_equal(np.asarray(shard.data), value[shard.index])
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """Global indices of the windows that DATA reads."""
+    found, (order, windows) = [], DATA._current
+
+    class Noted:
+        def __getitem__(self, index):
+            found.append(index)
+            return windows[index]
+
+    monkeypatch.setattr(DATA, "_current", (order, Noted()))
+    return found
+
+
 @pytest.mark.parametrize("shape", MESHES)
-def test_each_row_is_read_once(shape, monkeypatch):
-    read = []
-    original = TrainData._read
-    monkeypatch.setattr(TrainData, "_read", lambda self, index: read.append(index) or original(self, index))
+def test_each_row_is_read_once(shape, read):
     DATA.batch(2, sharding(shape))
     assert read == list(range(2 * 16, 3 * 16))
 
 
-def test_only_the_rows_of_this_process_are_read(monkeypatch):
+def test_only_the_rows_of_this_process_are_read(monkeypatch, read):
     """As on a process that holds 2 of the 8 devices: of 16 rows, its own 4."""
     real = sharding((1, 8, 1, 1, 1))
     mine = {d: i for d, i in real.devices_indices_map((16, 40)).items() if d.id in (2, 3)}
-    read = []
-    original = TrainData._read
-    monkeypatch.setattr(TrainData, "_read", lambda self, index: read.append(index) or original(self, index))
     monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", lambda self, shape: mine)
     monkeypatch.setattr("neo.data.loader.place", lambda batch, *_, **__: batch)
     batch = DATA.batch(1, real)
