@@ -59,7 +59,7 @@ check:
 $(VENV)/.has-%: setup.py constraints.txt | check
 	@echo "Installing neo and what it needs into $(VENV): the first time about 270 MB to download, 1.1 GB of disk and a few minutes."
 	@echo "$(if $(findstring plan,$*),libtpu adds 210 MB to download and 0.6 GB of disk. )$(if $(findstring bench,$*),torch adds 0.2 to 3 GB. \
-		)$(if $(filter demo,$(MAKECMDGOALS)),The demo then takes up to 6 minutes on 2 cores and 4 GB of memory.)"
+		)$(if $(filter demo,$(MAKECMDGOALS)),The demo then takes 4 to 8 minutes on 2 cores and 4 GB of memory.)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --progress-bar off -e '.$(if $(filter-out base,$*),[$(subst -,$(comma),$*)])' -c constraints.txt
 	@touch $@

@@ -32,6 +32,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -207,9 +208,12 @@ class Streaming:
         self.version = json.loads(self._child.stdout.readline())["version"]
 
     def turn(self, seconds: float) -> tuple[float, float]:
+        self._child.send_signal(signal.SIGCONT)
         self._child.stdin.write(f"{seconds}\n")
         self._child.stdin.flush()
-        return tuple(json.loads(self._child.stdout.readline()))
+        answer = tuple(json.loads(self._child.stdout.readline()))
+        self._child.send_signal(signal.SIGSTOP)  # its threads would go on in the others' turns
+        return answer
 
     def close(self) -> None:
         self._child.kill()  # it makes batches ahead of files that are about to go

@@ -3,7 +3,7 @@
     make demo
     # or: python -m neo.data.prepare --demo --out=data/demo && python -m neo.train --config=configs/neo_demo.py
 
-Cost: 4 to 5 minutes on 2 cores, about 1.4 GB of memory. Expected: see README.md; the corpus depends on the Python version.
+Cost: 4 to 8 minutes on 2 cores, about 1.4 GB of memory. Expected: see README.md; the corpus depends on the Python version.
 
 Every number is ours, chosen for the time budget.
 """
