@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo.config.schema import Config
-from neo.data import amendments, store_files
+from neo.data import amendments, remote, store_files
 from neo.data.order import Order
 from neo.data.planning import create_order, source_names, store_path
 from neo.data.prefetch import Prefetch, prefetch
@@ -31,7 +31,6 @@ __all__ = ["Prefetch", "TrainData", "ValidationBatches", "ValidationData", "crea
            "open_tokenizer", "place", "prefetch", "store_path"]
 
 STATE_VERSION = 2  # 1 had another data order
-REMOTE_READERS = 32  # ours: an object store answers in some 50 ms, so the rows of a batch are asked for at once
 
 
 class TrainData:
@@ -55,9 +54,9 @@ class TrainData:
         self._set_order(create_order(config, self.sources, self.amendments, self.phases))
         if saved is not None:
             self._check_place(saved)
-        remote = any(store_files.is_url(source.path) for source in sources.values())
-        self._readers = concurrent.futures.ThreadPoolExecutor(
-            REMOTE_READERS, thread_name_prefix="neo-read") if remote else None
+        # An object store takes its time for an answer, so the rows of a batch are asked for at once.
+        far = any(store_files.is_url(source.path) for source in sources.values())
+        self._readers = concurrent.futures.ThreadPoolExecutor(remote.AT_ONCE, thread_name_prefix="neo-read") if far else None
 
     def _set_order(self, order: Order) -> None:
         from neo.data import rows
@@ -79,7 +78,7 @@ class TrainData:
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The row with this global sequence index: int32 [T] inputs, targets, segment_ids, positions; float32 [T]
-        loss_mask; int32 [] source (its place in `config.sources`)."""
+        loss_mask; int32 [] source (its place in `order.sources`)."""
         order, windows = self._current
         if not 0 <= index < order.num_sequences:  # grain would wrap around
             raise IndexError(f"sequence {index} is outside the run's {order.num_sequences} sequences")

@@ -9,6 +9,7 @@ from typing import Any
 from neo.cli import Argument, Command, Namespace, main
 from neo.errors import InputError, StoppedForPerson
 
+DEMO_TOKENS = 1200 * 4 * 256  # of its one phase
 DEMO_VOCAB_SIZE, DEMO_MAX_SEQ_LEN = 4096, 256  # of model in configs/neo_demo.py
 
 COMMAND = Command(
@@ -201,7 +202,19 @@ def try_command(out: str, weights: dict[str, float], vocab_size: int, seq_len: i
         words.append(f"--config.model.max_seq_len={seq_len}")
     if vocab_size > DEMO_VOCAB_SIZE:
         words.append(f"--config.model.vocab_size={padded(vocab_size)}")
+    if _read_too_often(out, weights):
+        words.append("--config.data.max_epochs=0")
     return shlex.join(words)
+
+
+def _read_too_often(out: str, weights: dict[str, float]) -> bool:
+    """Whether the demo's run would read a source of the store more often than a config allows by default."""
+    from neo.config.schema import DataConfig
+    from neo.data import store
+
+    manifests = {name: store.read_manifest(os.path.join(out, name)) for name in weights}
+    return any(weight / sum(weights.values()) * DEMO_TOKENS > DataConfig().max_epochs * manifest["splits"]["train"]["tokens"]
+               for name, weight in weights.items() if (manifest := manifests[name]))
 
 
 def padded(vocab_size: int) -> int:

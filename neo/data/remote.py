@@ -16,7 +16,7 @@ from neo.errors import InputError, NeoError
 T = TypeVar("T")
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # ours: seconds before each further attempt; s3fs and gcsfs try several times in each
 PATIENCE = 120.0  # ours: no further attempt after so many seconds, as one of gcsfs alone may take 30 to 50
-AT_ONCE = 32  # ours: requests under way at a time while sources are opened; one takes some 50 ms
+AT_ONCE = 32  # ours: requests under way at a time, for opening and for the rows of a batch; one takes some 50 ms
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 CREDENTIALS = {
     "s3fs": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, write ~/.aws/credentials, or give the machine a role that "

@@ -20,6 +20,7 @@ from neo.cli import invoke
 from neo.data import held_out, preparation, prepare, shuffle, spill, store, tokenizer_training
 from neo.data.documents import ReadOptions
 from neo.data.preparation import Request
+from neo.data.store_writer import write_source
 from neo.data.tokenizer import Tokenizer
 from neo.errors import InputError, StoppedForPerson
 
@@ -390,7 +391,7 @@ def test_the_command_ends_with_table_config_lines_and_next_step(folder, tokenize
     assert "c.model.vocab_size = 384   # at least 300" in out
     assert out.splitlines()[-1] == (
         f"Next: python -m neo.train --config=neo_demo --workdir=runs/store --config.data.store={tmp_path / 'store'} "
-        "--config.phases.main.mixture=web=1")
+        "--config.phases.main.mixture=web=1 --config.data.max_epochs=0")
     assert "skipped 4: not JSON (first: a.jsonl:2)" in out
     code, again, err = command(capsys, *arguments)
     assert code == 0 and again.startswith(f"{tmp_path / 'store' / 'web'} is finished already")
@@ -403,8 +404,20 @@ def test_a_large_vocabulary_is_part_of_the_command_to_try():
     assert prepare.try_command("data/my store", {"a": 0.25, "b": 0.75}, 5000) == (
         "python -m neo.train --config=neo_demo '--workdir=runs/my store' '--config.data.store=data/my store' "
         "--config.phases.main.mixture=a=0.25,b=0.75 --config.model.vocab_size=5120")
-    model = config.load("neo_demo").model
-    assert (model.vocab_size, model.max_seq_len) == (prepare.DEMO_VOCAB_SIZE, prepare.DEMO_MAX_SEQ_LEN)
+    demo = config.load("neo_demo")
+    assert (demo.model.vocab_size, demo.model.max_seq_len) == (prepare.DEMO_VOCAB_SIZE, prepare.DEMO_MAX_SEQ_LEN)
+    assert demo.phases[0].whole_tokens == prepare.DEMO_TOKENS
+
+
+def test_the_command_to_try_allows_as_many_epochs_as_it_needs(tmp_path):
+    """The demo's 1.2M tokens are many epochs of a small source: without the flag, training would refuse."""
+    for name, tokens in (("large", 400_000), ("small", 5_000)):
+        write_source(str(tmp_path / name), name, {"train": [("d", [5] * tokens)]}, vocab_size=10, eod_id=3,
+                     tokenizer_sha256="f" * 64)
+    assert "max_epochs" not in prepare.try_command(str(tmp_path), {"large": 1.0}, 10)
+    for weights in ({"small": 1.0}, {"large": 0.9, "small": 0.1}):
+        assert prepare.try_command(str(tmp_path), weights, 10).endswith(" --config.data.max_epochs=0")
+    assert "max_epochs" not in prepare.try_command(str(tmp_path), {"large": 0.99, "small": 0.01}, 10)
 
 
 def test_wrong_command_lines_are_one_line_and_write_nothing(folder, tokenizer, tmp_path, capsys, monkeypatch):

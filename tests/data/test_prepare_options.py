@@ -392,7 +392,8 @@ def test_the_command_transforms_and_packs(folder, tokenizer, canaries, tmp_path,
     assert ended.code == 0, ended.err
     assert "web: transformed in 2 variants: " in ended.out and " fim_spm, " in ended.out and "fim_psm" not in ended.out
     assert "windows of 64 tokens" in ended.out and "    seq_len=64   # in each phase(...) that reads web" in ended.out
-    assert ended.out.splitlines()[-1].endswith("--config.phases.main.mixture=web=1 --config.phases.main.seq_len=64")
+    assert ended.out.splitlines()[-1].endswith(
+        "--config.phases.main.mixture=web=1 --config.phases.main.seq_len=64 --config.data.max_epochs=0")
     # Another source, packed for another length: the command to try leaves out the first.
     arguments = [folder, f"--out={tmp_path / 'out'}", "--source=more", "--packing=best_fit", "--seq_len=512"]
     ended = invoked(prepare.COMMAND, prepare.run, arguments)
