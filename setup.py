@@ -39,6 +39,8 @@ EXTRAS = {
     "hf": ["transformers>=4.56", "tokenizers>=0.22", "huggingface_hub>=0.34", "datasets>=4.0", "safetensors>=0.6"],
     "gguf": ["gguf>=0.19", "xllamacpp"],  # the writer, and llama.cpp prebuilt: K-quants, and the check by running the file
     "plan": ["jax[tpu]>=0.10"],  # libtpu compiles for TPUs on a machine without one; jax knows which one fits it
+    # Compiles the Hopper kernels on a machine without a GPU, down to their registers: tests on the newest JAX have it.
+    "aot": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],
     "wandb": ["wandb>=0.20"],
     "notebook": ["notebook>=7"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "safetensors>=0.6",
@@ -58,6 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["neo", "neo.*"]),
+    package_data={"neo.kernels.attention.tpu": ["*.csv"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

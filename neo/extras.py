@@ -17,6 +17,7 @@ EXTRAS = {
     "hf": "Hugging Face tokenizers, models and data sets",
     "gguf": "GGUF export, and running the result in llama.cpp",
     "plan": "compiling for TPUs without one",
+    "aot": "compiling GPU kernels without a GPU",
     "wandb": "logging to Weights & Biases",
     "notebook": "notebooks",
     "test": "the tests",

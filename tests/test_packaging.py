@@ -112,6 +112,16 @@ def test_pins_hold_for_everything_the_base_install_pulls_in(declared, pins):
     assert len(done) > 40
 
 
+def test_data_files_of_the_package_are_installed(declared):
+    """Files beside the code that are not Python are left out of an installation unless setup.py names them."""
+    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "neo"], cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout.split()
+    data = {name for name in files if not name.endswith(".py")}
+    named = {str(path.relative_to(ROOT)) for package, patterns in declared["package_data"].items() for pattern in patterns
+             for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    assert data and data <= named, sorted(data - named)
+
+
 def test_every_import_is_declared(declared):
     """A package that neo imports without being asked to declare it would be missing on a fresh machine."""
     provides = importlib.metadata.packages_distributions()

@@ -33,8 +33,6 @@ def check(config: Config) -> Config:
         _require(value >= 0, f"optimizer.{name}={value}: 0 or more is needed")
     _require(train.scale_tokens > 0, f"train.scale_tokens={train.scale_tokens}: more than 0 is needed")
     _check_init(config.init)
-    _require(config.mesh.context == 1, f"mesh.context={config.mesh.context}: splitting the sequence needs ring "
-                                       "attention, which this version does not have; use 1")
     _require(config.log.every_steps >= 1, f"log.every_steps={config.log.every_steps}: 1 or more is needed")
     _require(config.checkpoint.keep_last >= 1, f"checkpoint.keep_last={config.checkpoint.keep_last}: 1 or more is needed")
     for path in ("train.steps", "train.micro_batch", "checkpoint.every_steps", "checkpoint.permanent_every_steps",
@@ -174,6 +172,7 @@ def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
                                         f"set mesh.fsdp to a divisor and mesh.replica=-1")
     ways = sizes["replica"] * fsdp * sizes["expert"]
     for phase in config.phases:
+        _check_sequence_split(config, phase, sizes["context"])
         fields = [("global_batch", phase.global_batch), *(("batch_ramp", batch) for batch in phase.batch_ramp)]
         for name, batch in fields:
             _require(batch % ways == 0,
@@ -183,3 +182,16 @@ def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
                 _require(batch // ways % config.train.micro_batch == 0,
                          f"train.micro_batch={config.train.micro_batch} does not divide the {batch // ways} sequences per "
                          f"device of phases.{phase.name}.{name}={batch}")
+
+
+def _check_sequence_split(config: Config, phase: PhaseConfig, context: int) -> None:
+    """Attention that sees all earlier tokens takes two chunks of the sequence per device, to share the work evenly."""
+    if context == 1:
+        return
+    full = any(not window or window >= phase.seq_len for window in config.model.windows)
+    parts, lower = (2 * context if full else context), phase.seq_len // (2 * context if full else context)
+    fits = [str(n * parts) for n in (lower, lower + 1) if 0 < n * parts <= config.model.max_seq_len]
+    _require(phase.seq_len % parts == 0,
+             f"phases.{phase.name}.seq_len={phase.seq_len} cannot be split over mesh.context={context}: a multiple of {parts} "
+             f"is needed{' (two parts per device, because of layers without a window)' if full else ''}; "
+             f"{'nearest: ' + ' or '.join(fits) if fits else 'use a smaller mesh.context'}")

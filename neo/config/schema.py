@@ -16,7 +16,7 @@ CONFIG_VERSION = 1
 LR_SHAPES = ("cosine", "linear", "constant")
 REMAT_POLICIES = ("none", "minimal", "attention", "full")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
-ATTENTION_IMPLEMENTATIONS = ("auto", "dense", "blockwise")
+ATTENTION_IMPLEMENTATIONS = ("auto", "dense", "blockwise", "pallas_tpu", "pallas_gpu", "cudnn")
 # Ours: steps from deciding new mixture weights to their effect; batches of the steps between may have been made ahead already.
 # A constant, not data.prefetch: the stream must not depend on how many batches are made ahead.
 REWEIGHT_LEAD = 8
@@ -92,6 +92,8 @@ class ModelConfig:
     mlp_bias: bool = identity(False, "biases in the feed-forward layer")
     attention_scale: float = identity(0.0, "factor on the attention scores; 0 means 1 / sqrt(h)")
     attention_softcap: float = identity(0.0, "scores become cap * tanh(score / cap); 0 = not")
+    attention_sinks: bool = identity(
+        False, "a learned logit per head that takes its share of the attention and adds nothing (gpt-oss, arXiv:2508.10925)")
     logit_softcap: float = identity(0.0, "the same for the logits; 0 = not")
     embedding_multiplier: float = identity(1.0, "factor on the embeddings")
     residual_multiplier: float = identity(1.0, "factor on what each sublayer adds to the residual stream")
@@ -123,7 +125,8 @@ class MeshConfig:
     replica: int = operational(1, "copies of the parameters, one per slice; gradients are summed over them")
     fsdp: int = operational(-1, "parameters, optimizer state and batch are split over this axis")
     expert: int = operational(1, "experts are split over this axis; dense models split the batch over it")
-    context: int = operational(1, "sequence is split over this axis (needs ring attention; 1 for now)")
+    context: int = operational(
+        1, "sequence is split over this axis: windows fetch the keys before their shard, full attention runs as a ring")
     tensor: int = operational(1, "heads, feed-forward width and vocabulary are split over this axis")
 
 
@@ -269,6 +272,8 @@ class TrainConfig:
     compute_dtype: str = operational(
         "auto", "type of activations and matrix products; auto: bfloat16 where the device has it", COMPUTE_DTYPES)
     attention: str = operational("auto", "attention implementation", ATTENTION_IMPLEMENTATIONS)
+    check_attention: bool = operational(
+        True, "hold the attention kernel against the plain form on the device before training starts (seconds)")
     remat: str = operational("minimal", "what the backward pass keeps instead of recomputing", REMAT_POLICIES)
     check_memory: bool = operational(True, "refuse to start when the estimate exceeds the device's memory")
     compile_cache: bool = operational(True, "keep compiled programs in the workdir, for quick restarts")

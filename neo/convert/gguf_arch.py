@@ -26,7 +26,7 @@ class Arch:
         multipliers: embedding, residual, logit multipliers and the attention scale are keys of the file.
         fused: queries, keys and values are one tensor.
         needs_output: it wants an output matrix even where the embedding table is used for it.
-        sinks: it has attention sinks, which are switched off.
+        sinks: it has attention sinks; switched off for a model without.
         windowed: it has windows.
         layers: says what is wrong with the pattern of windows and positions, or "".
     """
@@ -184,6 +184,8 @@ def obstacles(config: ModelConfig, arch: Arch, context: int) -> list[str]:
               if getattr(config, name) and name not in arch.biases]
     if arch.must_have_bias and not config.qkv_bias:
         found.append("qkv_bias=False")
+    if config.attention_sinks and not arch.sinks:
+        found.append("attention_sinks=True")
     if config.clip_qkv and not arch.clip:
         found.append(f"clip_qkv={config.clip_qkv}")
     if config.rope_scaling not in arch.rope_scalings and "rope" in config.layer_positions:

@@ -84,6 +84,8 @@ class GGUFWeights:
         name = name.removesuffix("_bias")
         if room == "mlp":
             return self._content(f"{blk}ffn_{name}.{kind}").T
+        if name == "sinks":
+            return self._content(f"{blk}attn_sinks.weight")
         if name == "output":
             content = self._content(f"{blk}attn_output.{kind}")
             return content if kind == "bias" else content.T.reshape(config.num_heads, config.head_size, config.d_model)

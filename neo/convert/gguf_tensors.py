@@ -95,7 +95,9 @@ def _block(weights: Weights, arch: Arch, layer: int) -> Iterator[Tensor]:
             yield bias(f"ffn_{name}", ((f"layers/mlp/{name}_bias", np.ravel),), width)
     if config.norm_placement != "pre":
         yield norm("post_ffw_norm", "mlp_post_norm")
-    if arch.sinks:
+    if config.attention_sinks:
+        yield _vector(weights, f"{blk}attn_sinks.weight", "layers/attention/sinks", layer, heads, 0.0)
+    elif arch.sinks:
         yield Tensor(f"{blk}attn_sinks.weight", (heads,), lambda: np.full(heads, NO_SINK, np.float32))
 
 

@@ -93,7 +93,9 @@ class Model:
         layout = self.decoder.layout
         ways = int(np.prod([layout.size(axis) for axis in BATCH_AXES]))
         # The padding stands on the right, where causal attention does not look.
+        parts = 2 * layout.split("sequence")   # a split sequence has two chunks a device
         padded = min(bucket(length, SMALLEST_LENGTH), self.config.model.max_seq_len)
+        padded = padded if parts == 2 else -(-padded // parts) * parts
         rows = max(TOKENS_AT_ONCE // padded // ways, 1) * ways
         rows = min(rows, ways * bucket(-(-count // ways), 1))
         result = np.empty((count, length, self.config.model.vocab_size), np.float32)

@@ -14,8 +14,9 @@ from neo.models.init import deviation, filled, matrix, plus, starting_gain, time
 from neo.models.norm import Norm
 from neo.models.position import Rotation, rotate
 
-# (q, k, v) -> mixed values. What it does with k and v (a kernel, a cache) is not the layer's business.
-Attend = Callable[[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]], Float[Array, "B T H h"]]
+# (q, k, v, sinks or None) -> mixed values. What it does with k and v (a kernel, a cache) is not the layer's business.
+Attend = Callable[[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "H"] | None],
+                  Float[Array, "B T H h"]]
 
 
 class Attention(nnx.Module):
@@ -39,6 +40,8 @@ class Attention(nnx.Module):
             self.value_bias = filled((num_kv, h), ("kv", "head"), 0.0)
         if config.output_bias:
             self.output_bias = filled((d,), ("norm",), 0.0)
+        if config.attention_sinks:
+            self.sinks = filled((num_heads,), ("heads",), 0.0)
         if config.qk_norm == "head":
             self.query_norm, self.key_norm = (Norm(config, (h,), ("head",)) for _ in range(2))
         if config.qk_norm == "full":
@@ -55,7 +58,8 @@ class Attention(nnx.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
-        mixed = attend(query, key, checkpoint_name(value, "value"))
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
+        mixed = attend(query, key, checkpoint_name(value, "value"), sinks)
         y = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x.dtype))
         return times(plus(y, getattr(self, "output_bias", None)), getattr(self, "output_gain", None))
 

@@ -8,7 +8,7 @@ window pattern:
     layers/{attention_norm,mlp_norm}/scale [L, D]                 norm_placement pre, sandwich
     layers/{attention_post_norm,mlp_post_norm}/scale [L, D]       norm_placement post, sandwich
     layers/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}
-    layers/attention/{query,key,value,output}_bias, {query_norm,key_norm}/scale
+    layers/attention/{query,key,value,output}_bias, {query_norm,key_norm}/scale, sinks [L, H]
     layers/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}     gate only when gated; {gate,up,down}_bias
     final_norm/scale [D]
     head/kernel [D, V]                                            absent when tied
@@ -202,7 +202,12 @@ class Decoder:
 
     def decode(self, params: Params, tokens: Int[Array, "B T"], cache: KVCache,
                rope_base: float = 0.0) -> tuple[Float[Array, "B T V"], KVCache]:
-        """Append `tokens` to every sequence of the cache; logits for each of them and the longer cache."""
+        """Append `tokens` to every sequence of the cache; logits for each of them and the longer cache.
+
+        Sequences are not split: on a mesh with `context` > 1 its devices hold the same cache and repeat each other's work.
+        """
+        if self.layout.split("sequence") > 1:
+            return dataclasses.replace(self, layout=self.layout.whole_sequences()).decode(params, tokens, cache, rope_base)
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         x = self._embed(params, tokens)
         rotation = rotations(self.config, positions, rope_base)
@@ -210,10 +215,10 @@ class Decoder:
         def block(module: Block, x: Array, kind: LayerKind, layer: Any) -> tuple[Array, Any]:
             updated = {}
 
-            def attend(query: Array, key: Array, value: Array) -> Array:
+            def attend(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
                 updated["layer"] = keys, values = cache.write(layer, key, value)
                 keys, values = self._spread_kv(keys.astype(query.dtype)), self._spread_kv(values.astype(query.dtype))
-                return attention(query, keys, values, mask=Mask(window=kind.window), q_offset=cache.length,
+                return attention(query, keys, values, mask=Mask(window=kind.window), q_offset=cache.length, sinks=sinks,
                                  implementation="dense", sharding=self._attention_sharding(), **self._scores(kind))
 
             x = module(x, rotation[kind.position], attend)
@@ -255,7 +260,10 @@ class Decoder:
         return options
 
     def _attention_sharding(self) -> AttentionSharding | None:
-        return None if self.layout.mesh is None else AttentionSharding(self.layout.mesh)
+        layout = self.layout
+        if layout.mesh is None or layout.size("context") > layout.split("sequence"):
+            return None   # on a mesh: decoding with whole sequences, left to the partitioner, which has nothing to move
+        return AttentionSharding(layout.mesh)
 
     def _spread_kv(self, x: Float[Array, "B S K h"]) -> Array:
         """Keys or values for a split over `tensor`: where there are fewer heads than devices, repeated first."""
@@ -263,9 +271,9 @@ class Decoder:
         return x if num_kv % tensor == 0 else jnp.repeat(x, tensor // num_kv, axis=2)
 
     def _attend(self, kind: LayerKind, segment_ids: Array | None) -> Attend:
-        def attend(query: Array, key: Array, value: Array) -> Array:
+        def attend(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
             key, value = self._spread_kv(key), self._spread_kv(value)
-            return attention(query, key, value, mask=Mask(window=kind.window), segment_ids=segment_ids,
+            return attention(query, key, value, mask=Mask(window=kind.window), segment_ids=segment_ids, sinks=sinks,
                              implementation=self.attention, sharding=self._attention_sharding(), **self._scores(kind))
         return attend
 

@@ -44,6 +44,7 @@ def _vectors(config: ModelConfig) -> int:
     count = d * (4 if config.norm_placement == "sandwich" else 2)
     count += {"none": 0, "head": 2 * h, "full": heads * h}[config.qk_norm]
     count += (heads + config.num_kv_heads) * h * config.qkv_bias + d * config.output_bias
+    count += config.num_heads * config.attention_sinks
     count += (config.d_ff * (2 if config.mlp == "gated" else 1) + d) * config.mlp_bias
     return count + 8 * config.wesar   # query, key, value, output, both norms, the feed-forward layer's input and output
 

@@ -37,6 +37,11 @@ class ShardingRules:
     layers: MeshAxes = None
     gathered: MeshAxes = None     # a parameter axis at the moment of use, when fsdp has been gathered
 
+    @property
+    def shards(self) -> MeshAxes:
+        """What splits the tokens, along batch and sequence: an axis with one entry for each part of them."""
+        return (*_names(self.batch), *_names(self.sequence))
+
     def spec(self, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array with these logical axes.
 
@@ -60,6 +65,15 @@ class Layout:
     def size(self, axis: str) -> int:
         """Devices along one mesh axis."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def split(self, axis: str) -> int:
+        """Parts into which the mesh splits a logical axis."""
+        return math.prod(self.size(name) for name in _names(getattr(self.rules, axis)))
+
+    def whole_sequences(self) -> Layout:
+        """The same mesh with every sequence on all devices of `context`, which repeat each other's work: for decoding, where
+        a token at a time cannot be split."""
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, sequence=None))
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Placement of an array with these logical axes; with no axes: replicated."""
@@ -94,23 +108,23 @@ class Layout:
 
     def copies(self, x: Float[Array, "D V"], stored: tuple[str | None, ...],
                used: tuple[str | None, ...]) -> Float[Array, "N D V"]:
-        """One copy of a gathered matrix for each of the N data shards, split over them: each device holds its own.
+        """One copy of a gathered matrix for each of the N parts of the tokens (`shards`): each device holds its own.
 
         So a gradient that is added up in a loop stays a sum inside each shard, and the sum over the shards
         is one reduce-scatter to `stored` behind the loop. With a single [D, V] the partitioner reduces
         over the devices in each turn of the loop.
         """
-        shards = math.prod(self.size(axis) for axis in BATCH_AXES)
+        shards = self.split("shards")
 
         def spread(x: jax.Array) -> jax.Array:
-            return self.constrain(jax.numpy.broadcast_to(x, (shards, *x.shape)), "batch", *used)
+            return self.constrain(jax.numpy.broadcast_to(x, (shards, *x.shape)), "shards", *used)
 
         if self.mesh is None:
             return spread(x)
 
         def back(_: None, grad: jax.Array) -> tuple[jax.Array]:
             # Padding is per part of the last axis, which `tensor` may split.
-            parts = math.prod(self.size(axis) for axis in _names(getattr(self.rules, used[-1])))
+            parts = self.split(used[-1])
             rows, width = grad.shape[1], grad.shape[2] // parts
             wide = _tileable(width) if self._on_tpu() else width
             grad = grad.reshape(shards, rows, parts, width)

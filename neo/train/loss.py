@@ -10,19 +10,19 @@ from jaxtyping import Array, Float, Int
 
 from neo.models.decoder import Decoder, Params
 
-# Largest number of logits per sequence alive at once (ours): 2^26 float32 are 256 MiB.
+# Largest number of logits per sequence (of a device's part of it) alive at once (ours): 2^26 float32 are 256 MiB.
 MAX_LOGITS = 1 << 26
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSums:
-    """Sums over the target tokens of each row: [B] float32 each."""
+    """Sums over the target tokens of each row: float32, [B] each, [N, B / N] while they are summed in N parts."""
 
-    loss: Float[Array, "B"]      # cross-entropy, nats
-    z: Float[Array, "B"]         # logsumexp(logits)^2
-    correct: Float[Array, "B"]   # tokens whose target has the largest logit
-    tokens: Float[Array, "B"]    # target tokens counted
+    loss: Float[Array, "*B"]      # cross-entropy, nats
+    z: Float[Array, "*B"]         # logsumexp(logits)^2
+    correct: Float[Array, "*B"]   # tokens whose target has the largest logit
+    tokens: Float[Array, "*B"]    # target tokens counted
 
 
 def chunk_length(seq_len: int, vocab_size: int) -> int:
@@ -31,7 +31,7 @@ def chunk_length(seq_len: int, vocab_size: int) -> int:
     return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and c <= limit)
 
 
-def token_sums(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]) -> RowSums:
+def token_sums(logits: Float[Array, "*B T V"], targets: Int[Array, "*B T"], mask: Float[Array, "*B T"]) -> RowSums:
     """RowSums of logits that are in memory."""
     peak = jax.lax.stop_gradient(logits.max(axis=-1))
     log_z = jnp.log(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)) + peak
@@ -45,27 +45,38 @@ def row_sums(decoder: Decoder, params: Params, batch: dict[str, Array], rope_bas
     """RowSums of a batch with `inputs`, `targets`, `positions`, `segment_ids` [B, T] and `loss_mask` [B, T].
 
     The head and the softmax run chunk by chunk and are repeated in the backward pass, so that at most
-    MAX_LOGITS logits per sequence exist at a time.
+    MAX_LOGITS logits per sequence exist at a time. Where the mesh splits the sequence, each device does so with its part.
     """
-    layout, seq_len = decoder.layout, batch["inputs"].shape[1]
+    layout = decoder.layout
     hidden = decoder.hidden(params, batch["inputs"], batch["positions"], batch["segment_ids"], rope_base)
     kernel = layout.copies(decoder.head_kernel(params), ("embed", "vocab"), ("gathered", "vocab"))
-    length = chunk_length(seq_len, decoder.config.vocab_size)
+    # Each device takes the chunks of the tokens that it has: of N parts, `along` of each sequence.
+    rows, parts, along = hidden.shape[0], kernel.shape[0], layout.split("sequence")
+    local = hidden.shape[1] // along
+    length = chunk_length(local, decoder.config.vocab_size)
+
+    def by_part(x: Array) -> Array:
+        """[B, T, ...] -> [N, rows of a part, its tokens, ...]."""
+        x = x.reshape(parts // along, -1, along, local, *x.shape[2:]).swapaxes(1, 2)
+        return layout.constrain(x.reshape(parts, -1, *x.shape[3:]), "shards", *(None,) * (x.ndim - 2))
 
     def chunk(hidden: Array, targets: Array, mask: Array) -> RowSums:
-        rows = hidden.shape[0]
-        logits = jnp.einsum("nbtd,ndv->nbtv", hidden.reshape(kernel.shape[0], -1, *hidden.shape[1:]), kernel,
-                            preferred_element_type=jnp.float32).reshape(rows, hidden.shape[1], -1)
-        logits = decoder.finish_logits(layout.constrain(logits, "batch", "sequence", "vocab"))
+        logits = jnp.einsum("nbtd,ndv->nbtv", hidden, kernel, preferred_element_type=jnp.float32)
+        logits = decoder.finish_logits(layout.constrain(logits, "shards", None, None, "vocab"))
         return token_sums(logits, targets, mask)
 
-    if length == seq_len:
-        return chunk(hidden, batch["targets"], batch["loss_mask"])
+    def whole_rows(x: Array) -> Array:
+        return x.reshape(parts // along, along, -1).sum(1).reshape(rows)
+
+    arrays = tuple(map(by_part, (hidden, batch["targets"], batch["loss_mask"])))
+    if length == local:
+        return jax.tree.map(whole_rows, chunk(*arrays))
 
     def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], seq_len // length, length, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(*x.shape[:2], local // length, length, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0)
 
     step = jax.checkpoint(lambda total, x: (jax.tree.map(jnp.add, total, chunk(*x)), None), prevent_cse=False)
-    zero = jnp.zeros(hidden.shape[:1], jnp.float32)
-    chunks = (split(hidden), split(batch["targets"]), split(batch["loss_mask"]))
-    return jax.lax.scan(step, RowSums(zero, zero, zero, zero), chunks)[0]
+    zero = jnp.zeros(arrays[0].shape[:2], jnp.float32)
+    sums, _ = jax.lax.scan(step, RowSums(zero, zero, zero, zero), tuple(map(split, arrays)))
+    return jax.tree.map(whole_rows, sums)

@@ -76,7 +76,8 @@ def estimate(decoder: Decoder, phase: PhaseConfig, sizes: Mapping[str, int], mic
     ways = sizes["replica"] * sizes["fsdp"] * sizes["expert"]
     accumulates = phase.global_batch // ways > micro_batch
     params = parameter_bytes(decoder, sizes)
-    tokens = micro_batch * phase.seq_len
+    local = phase.seq_len // sizes["context"]
+    tokens = micro_batch * local
     heads, kv = model.num_heads * model.head_size // tensor, model.num_kv_heads * model.head_size
     kv = kv // tensor if model.num_kv_heads % tensor == 0 else kv
     ffn, d, branches = model.d_ff // tensor, model.d_model, 2 if model.mlp == "gated" else 1
@@ -97,7 +98,7 @@ def estimate(decoder: Decoder, phase: PhaseConfig, sizes: Mapping[str, int], mic
     gathered = 0
     if sizes["fsdp"] > 1 or width < FLOAT32:
         gathered = 2 * layer_weights + 2 * table * width * (1 if model.tied_embeddings else 2)
-    logits = micro_batch * chunk_length(phase.seq_len, model.vocab_size) * (model.vocab_size // tensor) * FLOAT32 * 3
+    logits = micro_batch * chunk_length(local, model.vocab_size) * (model.vocab_size // tensor) * FLOAT32 * 3
     return Memory(params=params, optimizer=2 * params, gradients=params * (2 if accumulates else 1),
                   gathered=gathered, activations=activations, logits=logits)
 

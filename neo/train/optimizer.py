@@ -20,11 +20,12 @@ Tree = Any
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter of this name: to every matrix, to no norm scale, bias or scalar gain.
+    """Whether weight decay applies to a parameter of this name: to every matrix, to no norm scale, bias, scalar gain
+    or attention sink.
 
     Decided by name: stacking over layers makes every scale a matrix, so the number of dimensions says nothing.
     """
-    return name not in ("scale", "gain") and not name.endswith(("_bias", "_gain"))
+    return name not in ("scale", "gain", "sinks") and not name.endswith(("_bias", "_gain"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,13 @@ from neo.config.schema import PhaseConfig
 from neo.data import amendments
 from neo.data.loader import TrainData, open_sources, open_tokenizer
 from neo.errors import InputError
-from neo.kernels.attention import resolve as resolve_attention
 from neo.models.decoder import Decoder
 from neo.models.flops import parameter_count, train_flops_per_token
 from neo.parallel import devices as device_facts
 from neo.parallel import distributed
 from neo.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from neo.parallel.rules import Layout, rules_for
-from neo.train import initial, memory, reweighting, schedule
+from neo.train import attention_choice, initial, memory, reweighting, schedule
 from neo.train.checkpoint_format import checkpoints_in
 from neo.train.checkpoints import Checkpoints, restore
 from neo.train.optimizer import Optimizer
@@ -199,8 +198,12 @@ def make_decoder(config: Config, layout: Layout, device: jax.Device, log: Log) -
     dtype = config.train.compute_dtype
     if dtype == "auto":
         dtype = "bfloat16" if device_facts.has_bfloat16(device) else "float32"
-    longest = max(phase.seq_len for phase in config.phases)
-    attention, why = resolve_attention(config.train.attention, device.platform, seq_len=longest)
+    sizes = {axis: layout.size(axis) for axis in AXES}
+    asked = attention_choice.requests(config, dtype, sizes, device.platform, device.device_kind)
+    attention, why = attention_choice.choose(config, asked)
+    if attention_choice.needs_check(config, attention):
+        with log.stage(f"checking attention {attention} on this device"):
+            attention, why = attention_choice.checked(config, (attention, why), asked)
     log(f"compute dtype {dtype}; attention {attention} ({why}); remat {config.train.remat}")
     return Decoder(config.model, jnp.dtype(dtype), config.train.remat, attention, layout)
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from neo.config.schema import InitConfig
 from neo.models.decoder import Decoder, Params
-from neo.parallel.mesh import BATCH_AXES
 from neo.train.loss import RowSums, row_sums
 from neo.train.optimizer import Optimizer, clip_scale, global_norm
 
@@ -150,14 +148,9 @@ def _gradients(
     def split(x: Array) -> Array:
         # Device d holds rows [d*B/n, (d+1)*B/n): each micro-batch takes an equal part of every device's
         # rows, so that nothing moves between devices.
-        ways = 1 if layout.mesh is None else layout.size("replica") * layout.size("fsdp") * layout.size("expert")
         rest = x.shape[1:]
-        parts = x.reshape(ways, options.accumulation, -1, *rest).swapaxes(0, 1)
-        parts = parts.reshape(options.accumulation, -1, *rest)
-        if layout.mesh is None:
-            return parts
-        spec = P(None, BATCH_AXES, *(None,) * len(rest))
-        return jax.lax.with_sharding_constraint(parts, jax.sharding.NamedSharding(layout.mesh, spec))
+        parts = x.reshape(layout.split("batch"), options.accumulation, -1, *rest).swapaxes(0, 1)
+        return layout.constrain(parts.reshape(options.accumulation, -1, *rest), None, *("batch", "sequence")[:x.ndim])
 
     def accumulated(params: Params, batch: Batch, total: Array) -> tuple[Params, dict[str, Array]]:
         def add(carry: Any, micro: Batch) -> tuple[Any, None]:

@@ -11,14 +11,13 @@ from neo.config import Config
 from neo.config.checks import check_on_mesh
 from neo.config.schema import MeshConfig
 from neo.errors import InputError
-from neo.kernels.attention import resolve as resolve_attention
 from neo.models.decoder import Decoder
 from neo.models.flops import parameter_count, train_flops_per_token
 from neo.parallel import devices as device_facts
 from neo.parallel import distributed
 from neo.parallel.mesh import AXES, mesh_shape
 from neo.parallel.rules import Layout, rules_for
-from neo.train import memory
+from neo.train import attention_choice, memory
 
 # Device counts for which memory is shown besides this machine's (ours).
 COUNTS = (8, 64, 256)
@@ -56,7 +55,7 @@ def _plan(config: Config, count: int, dtype: str, where: str, capacity: int | No
         check_on_mesh(config, sizes)
     except InputError as error:
         return {"where": where, "impossible": str(error)}
-    attention, _ = resolve_attention(config.train.attention, platform, seq_len=max(p.seq_len for p in config.phases))
+    attention, _ = attention_choice.choose(config, attention_choice.requests(config, dtype, sizes, platform))
     decoder = Decoder(config.model, jnp.dtype(dtype), config.train.remat, attention,
                       Layout(None, rules_for(config.model.num_kv_heads, sizes["tensor"])))
     needs = []

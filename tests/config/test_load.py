@@ -110,7 +110,6 @@ WRONG = [
     (dict(data__synthetic="maybe"), ["config.data.synthetic='maybe'", "True or False"]),
     (dict(data__store=5), ["config.data.store=5", "text"]),
     (dict(optimizer__name="adam"), ["'adam'", "'adamw'"]),
-    (dict(mesh__context="2"), ["config.mesh.context=2", "use 1"]),
     (dict(log__every_steps="0"), ["config.log.every_steps=0", "1 or more"]),
     (dict(name="../x"), ["config.name='../x'", "letters"]),
 ]

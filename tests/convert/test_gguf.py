@@ -72,6 +72,7 @@ CASES = {
     "YuLan-Mini, its gains folded": Case("granite", {**MULTIPLIERS, "wesar": True, "qkv_bias": True, "tied_embeddings": True}),
     "YuLan-Mini, all folded": Case("qwen2", {**MULTIPLIERS, "wesar": True, "qkv_bias": True, "tied_embeddings": True}, "qwen2"),
     "granite_swa": Case("granite_swa", dict(windows=(W,))),
+    "granite_swa, sinks": Case("granite_swa", dict(windows=(W, 0), attention_sinks=True)),
     "granite_swa, no window": Case("granite_swa", dict(positions=("rope", "none"))),
     "granite_swa, mixed": Case("granite_swa", dict(
         windows=(W, 0, W), positions=("rope", "none"), num_layers=4, qkv_bias=True, output_bias=True, **MULTIPLIERS)),

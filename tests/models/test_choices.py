@@ -24,7 +24,7 @@ CHOICES = [
     dict(qk_norm="full", norm="layer", clip_qkv=0.5), dict(qkv_bias=True, output_bias=True),
     dict(mlp_bias=True), dict(mlp_bias=True, mlp="plain"), dict(positions=("alibi",)), dict(positions=("none",)),
     dict(positions=("rope", "none"), windows=(3, 0, 0)), dict(positions=("local_rope", "rope"), local_rope_base=100.0),
-    dict(attention_scale=0.5, attention_softcap=2.0), dict(logit_softcap=3.0, logit_multiplier=0.5),
+    dict(attention_scale=0.5, attention_softcap=2.0), dict(logit_softcap=3.0, logit_multiplier=0.5), dict(attention_sinks=True),
     dict(embedding_multiplier=3.0, residual_multiplier=0.4), dict(wesar=True, tied_embeddings=True), dict(wesar=True),
     dict(rope_scaling="linear", rope_factor=4.0), dict(rope_scaling="llama3", rope_factor=8.0, rope_old_seq_len=32),
 ]
@@ -69,7 +69,8 @@ def test_every_parameter_counts_and_every_choice_shows(tiny, shaken, tokens, cha
 
 @pytest.mark.parametrize("changes", [
     dict(positions=("alibi",), norm="layer", mlp="plain"), dict(positions=("local_rope", "none"), windows=(4, 0, 6)),
-    dict(attention_softcap=2.0, logit_softcap=3.0, norm_placement="sandwich"), dict(wesar=True, qkv_bias=True)], ids=ids)
+    dict(attention_softcap=2.0, logit_softcap=3.0, norm_placement="sandwich"), dict(wesar=True, qkv_bias=True),
+    dict(attention_sinks=True, windows=(4, 0))], ids=ids)
 def test_decoding_step_by_step_equals_the_full_forward(tiny, shaken, tokens, changes):
     from neo.models.cache import KVCache
     config = tiny(**changes)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from neo.errors import InputError
 from neo.kernels.attention import AttentionSharding, Mask, attention
-from neo.kernels.attention.blockwise import LSE_NAME, OUT_NAME
+from neo.kernels.attention.kernel import LSE_NAME, OUT_NAME
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
 B, T, H, K, h = 8, 72, 4, 2, 16
@@ -101,6 +101,25 @@ def test_slopes_are_split_like_the_heads(implementation):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_sinks_are_split_like_the_heads_and_their_gradients_summed(implementation):
+    q, k, v, do, _ = inputs()
+    sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
+
+    def gradient(sharding):
+        def loss(q, sinks):
+            out, lse = attention(q, k, v, mask=Mask(window=40), sinks=sinks, implementation=implementation,
+                                 sharding=sharding, return_lse=True)  # fmt: skip
+            return (out * do).sum() + jnp.sin(lse).sum(), (out, lse)
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(q, sinks))[1:]
+
+    got, want = gradient(AttentionSharding(mesh_of(fsdp=4, tensor=2))), gradient(None)
+    assert got[1].shape == (B, H, T)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
 def test_inside_checkpointed_scan():
     """As in a decoder: one block, scanned over layers and rematerialised."""
     q, k, v, do, _ = inputs()
@@ -125,7 +144,7 @@ def test_inside_checkpointed_scan():
 @pytest.mark.parametrize(
     ("sizes", "shape", "message"),
     [
-        ({"context": 2, "fsdp": 4}, (8, 4, 2), "ring attention"),
+        ({"context": 8}, (8, 4, 2), "12 queries are not divisible by mesh axis 'context' of 8"),
         ({"fsdp": 8}, (4, 4, 2), r"batch 4 is not divisible by the 8 shards of replica\*fsdp\*expert"),
         ({"tensor": 4, "fsdp": 2}, (8, 4, 2), "2 key/value heads are not divisible by mesh axis 'tensor' of 4"),
         ({"tensor": 8}, (8, 4, 4), "4 query heads are not divisible by mesh axis 'tensor' of 8"),
@@ -133,7 +152,7 @@ def test_inside_checkpointed_scan():
 )
 def test_impossible_splits_are_refused(sizes, shape, message):
     batch, heads, kv_heads = shape
-    q, k = jnp.ones((batch, 16, heads, 8)), jnp.ones((batch, 16, kv_heads, 8))
+    q, k = jnp.ones((batch, 12, heads, 8)), jnp.ones((batch, 12, kv_heads, 8))
     with pytest.raises(InputError, match=message):
         attention(q, k, k, mask=Mask(), sharding=AttentionSharding(mesh_of(**sizes)))
 

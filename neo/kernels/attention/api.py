@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from neo.errors import InputError, nearest
-from neo.kernels.attention.blockwise import blockwise
 from neo.kernels.attention.dense import dense
+from neo.kernels.attention.kernel import Extras, Plan, Request
+from neo.kernels.attention.select import IMPLEMENTATIONS, resolve
 from neo.kernels.attention.spec import Mask
-
-IMPLEMENTATIONS = {"dense": dense, "blockwise": blockwise}
-
-# At or below this length "auto" takes the dense implementation; above, the blockwise one. Ours, measured on 2 CPU
-# cores, forward and backward, 8 heads of 32 or 64: dense is 1.3x faster at 32 tokens, level at 64 and 128, 1.6x slower
-# at 256, 2x at 512. Inferred for other platforms.
-DENSE_MAX_LENGTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,36 +27,6 @@ class AttentionSharding:
     batch: tuple[str, ...] = ("replica", "fsdp", "expert")
     heads: str = "tensor"
     sequence: str = "context"
-
-
-def resolve(
-    implementation: str, platform: str, *, seq_len: int | None = None, decoding: bool = False
-) -> tuple[str, str]:
-    """Turn "auto" into the name of one implementation, and say why; call it once at start-up and log the reason.
-
-    platform: "cpu", "gpu" or "tpu". seq_len: the longest training sequence, None when not known. decoding: queries are
-    fewer than keys (a cache), which only the dense implementation has. Errors: `InputError` for an unknown name.
-    """
-    if implementation in IMPLEMENTATIONS:
-        return implementation, "asked for by name"
-    if implementation != "auto":
-        known = ("auto", *IMPLEMENTATIONS)
-        raise InputError(
-            f"unknown attention implementation {implementation!r}{nearest(implementation, known)}; "
-            f"known: {', '.join(known)}"
-        )
-    if decoding:
-        return "dense", "decoding against a cache"
-    if seq_len is not None and seq_len <= DENSE_MAX_LENGTH:
-        return (
-            "dense",
-            f"{seq_len} tokens on {platform}: up to {DENSE_MAX_LENGTH} the dense form is as fast and simpler",
-        )
-    length = "sequences of unknown length" if seq_len is None else f"{seq_len} tokens"
-    return (
-        "blockwise",
-        f"{length} on {platform}: time and memory grow with the window, not with the square of the length",
-    )
 
 
 def attention(
@@ -77,9 +41,12 @@ def attention(
     scale: float | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
     implementation: str = "auto",
     sharding: AttentionSharding | None = None,
-) -> Float[Array, "B T H h"]:
+    return_lse: bool = False,
+    interpret: object = False,
+) -> Float[Array, "B T H h"] | tuple[Float[Array, "B T H h"], Float[Array, "B H T"]]:
     """softmax(cap(scale * q k^T) + bias) v over the keys that `mask` and the segments let each query see.
 
     q, k, v: H query heads share K key/value heads, query head n reads head n // (H / K). Output: q's shape and dtype;
@@ -93,61 +60,78 @@ def attention(
         Constants: their gradient is zero.
     softcap: cap(s) = softcap * tanh(s / softcap), a number > 0, before bias and mask (Gemma 2, arXiv:2408.00118,
         section 2); None does not cap.
+    sinks: a learned logit a head that takes its share of the softmax and has no value (gpt-oss, arXiv:2508.10925,
+        section 2; a bias in the denominator).
     implementation: a name of `IMPLEMENTATIONS`, or "auto" (`resolve` for these shapes).
-    sharding: runs the implementation in one `jax.shard_map`, so that it sees local shapes and no mesh.
+    sharding: runs the implementation in one `jax.shard_map`, so that it sees local shapes and no mesh. A sequence that is
+        split runs `ring`.
+    return_lse: also give the fp32 log-sum-exp of each row's scores, [B, H, T], with the sink in it, -inf for a row that
+        sees nothing; differentiable.
+    interpret: run a Pallas kernel on any platform, slowly, for tests (see `Plan`).
     Errors: `InputError` for shapes that do not fit, and for what the implementation lacks (never another one instead).
     """
     if alibi_slopes is not None:
         alibi_slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
-    kv_segment_ids = _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes)
+    kv_segment_ids = _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes, sinks)
     if softcap is not None and (isinstance(softcap, bool) or not 0 < softcap < math.inf):
         raise InputError(f"attention: softcap is {softcap!r}; a number above 0, or None for no cap, would be right")
-    h = q.shape[3]
-    platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-    if implementation not in IMPLEMENTATIONS:
-        decoding = q_offset is not None or k.shape[1] != q.shape[1] or not mask.causal
-        implementation, _ = resolve(implementation, platform, seq_len=q.shape[1], decoding=decoding)
-    run = functools.partial(
-        IMPLEMENTATIONS[implementation],
-        mask=mask,
-        scale=h**-0.5 if scale is None else float(scale),
-        softcap=None if softcap is None else float(softcap),
-        platform=platform,
-    )
-    arrays = {
-        "segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "q_offset": q_offset, "alibi_slopes": alibi_slopes
-    }  # fmt: skip
+    (_, T, H, h), (S, K) = q.shape, k.shape[1:3]
+    sizes = {} if sharding is None else _check_sharding(sharding, q.shape, k.shape)
+    tensor, shards = (sizes[sharding.heads], sizes[sharding.sequence]) if sizes else (1, 1)
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    platform = jax.default_backend() if device is None else device.platform
+    kind = device.device_kind if device is not None else jax.devices(platform)[0].device_kind
+    request = Request(
+        platform=platform, device_kind=kind, dtype=str(q.dtype), seq_len=T, kv_len=S, num_heads=H // tensor,
+        num_kv_heads=K // tensor, head_size=h, causal=mask.causal, window=mask.window, softcap=softcap is not None,
+        segments=segment_ids is not None, alibi=alibi_slopes is not None, sinks=sinks is not None,
+        q_offset=q_offset is not None, sequence_shards=shards, interpret=bool(interpret), lse=return_lse,
+    )  # fmt: skip
+    name, _ = resolve(implementation, request)
+    plan = Plan(
+        scale=h**-0.5 if scale is None else float(scale), causal=mask.causal,
+        window=None if mask.window is None or mask.window >= S else mask.window,
+        softcap=None if softcap is None else float(softcap), device_kind=kind, platform=platform, interpret=interpret,
+    )  # fmt: skip
+    arrays = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "q_offset": q_offset,
+              "slopes": alibi_slopes, "sinks": sinks}  # fmt: skip
 
-    if sharding is None:
-        return run(q, k, v, **arrays)
+    def local(q: Array, k: Array, v: Array, given: dict[str, Array]) -> tuple[Array, Array | None]:
+        given = dict(given)
+        offset = given.pop("q_offset", None)
+        if name == "dense":
+            given["alibi_slopes"] = given.pop("slopes", None)
+            options = {"segment_ids": None, "kv_segment_ids": None} | given
+            return dense(q, k, v, mask=mask, q_offset=offset, scale=plan.scale, softcap=plan.softcap, **options)
+        if shards > 1:
+            from neo.kernels.attention import ring
 
-    _check_sharding(sharding, q.shape, k.shape)
-    heads = PartitionSpec(sharding.batch, sharding.sequence, sharding.heads, None)
-    tokens = PartitionSpec(sharding.batch, sharding.sequence)
-    specs = {
-        "segment_ids": tokens,
-        "kv_segment_ids": tokens,
-        "q_offset": PartitionSpec(sharding.batch),
-        "alibi_slopes": PartitionSpec(sharding.heads),
-    }
+            return ring.attend(q, k, v, Extras(**given), plan, IMPLEMENTATIONS[name], axis=sharding.sequence, size=shards)
+        return IMPLEMENTATIONS[name].attend(q, k, v, Extras(**given), plan)
+
     given = {name: array for name, array in arrays.items() if array is not None}
-    absent = {name: None for name in arrays if name not in given}
+    out, lse = (local if sharding is None else _sharded(local, sharding, set(given)))(q, k, v, given)
+    return (out, lse) if return_lse else out
 
-    def local(q, k, v, given):
-        return run(q, k, v, **given, **absent)
 
+def _sharded(local: Any, sharding: AttentionSharding, names: set[str]) -> Any:
+    batch, sequence, head = sharding.batch, sharding.sequence, sharding.heads
+    heads, tokens = PartitionSpec(batch, sequence, head, None), PartitionSpec(batch, sequence)
+    specs = {"segment_ids": tokens, "kv_segment_ids": tokens, "q_offset": PartitionSpec(batch),
+             "slopes": PartitionSpec(head), "sinks": PartitionSpec(head)}  # fmt: skip
     return jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(heads, heads, heads, {name: specs[name] for name in given}),
-        out_specs=heads,
+        in_specs=(heads, heads, heads, {name: specs[name] for name in names}),
+        out_specs=(heads, PartitionSpec(batch, head, sequence)),
         # The loops of the implementations start from plain zeros, which the varying-axes check refuses; every mesh axis
-        # that splits anything stands in the specs, so there is nothing replicated for it to check.
+        # that splits anything stands in the specs, so there is nothing replicated for it to check. Replicated inputs
+        # (sinks) get their gradients summed over the other axes all the same.
         check_vma=False,
-    )(q, k, v, given)
+    )
 
 
-def _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes):
+def _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes, sinks):
     """Shapes that fit, or `InputError`. Returns the segments of the keys."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise InputError(
@@ -162,6 +146,10 @@ def _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes):
         raise InputError(f"attention needs at least one of everything; got queries {q.shape} and keys {k.shape}")
     if H % K:
         raise InputError(f"attention: {H} query heads are not a multiple of {K} key/value heads")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise InputError(
+            f"attention: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one floating type for all would be right"
+        )
     if segment_ids is None and kv_segment_ids is not None:
         raise InputError("attention: kv_segment_ids given without segment_ids")
     if segment_ids is not None and kv_segment_ids is None:
@@ -173,25 +161,29 @@ def _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes):
         "kv_segment_ids": (kv_segment_ids, (B, S)),
         "q_offset": (q_offset, (B,)),
         "alibi_slopes": (alibi_slopes, (H,)),
+        "sinks": (sinks, (H,)),
     }
     for name, (array, shape) in wanted.items():
-        if array is not None and array.shape != shape:
+        if array is None:
+            continue
+        if array.shape != shape:
             raise InputError(f"attention: {name} has shape {array.shape}; {shape} would be right")
+        whole = name.endswith(("_ids", "_offset"))
+        if whole != jnp.issubdtype(array.dtype, jnp.integer):
+            raise InputError(
+                f"attention: {name} has dtype {array.dtype}; {'an integer' if whole else 'a floating'} type would be right"
+            )
     return kv_segment_ids
 
 
-def _check_sharding(sharding: AttentionSharding, q_shape: Sequence[int], k_shape: Sequence[int]) -> None:
+def _check_sharding(sharding: AttentionSharding, q_shape: Sequence[int], k_shape: Sequence[int]) -> dict[str, int]:
+    """Sizes of the mesh axes, which split these shapes evenly, or `InputError`."""
     sizes = dict(sharding.mesh.shape)
     for axis in (*sharding.batch, sharding.heads, sharding.sequence):
         if axis not in sizes:
             raise InputError(
                 f"attention: the mesh has no axis {axis!r}{nearest(axis, sizes)}; it has {', '.join(sizes)}"
             )
-    if sizes[sharding.sequence] != 1:
-        raise InputError(
-            f"attention: mesh axis {sharding.sequence!r} is {sizes[sharding.sequence]}; splitting the sequence needs "
-            "ring attention, which is not available yet: set it to 1"
-        )
     shards = math.prod(sizes[axis] for axis in sharding.batch)
     if q_shape[0] % shards:
         raise InputError(
@@ -203,3 +195,10 @@ def _check_sharding(sharding: AttentionSharding, q_shape: Sequence[int], k_shape
             raise InputError(
                 f"attention: {count} {what} heads are not divisible by mesh axis {sharding.heads!r} of {tensor}"
             )
+    context = sizes[sharding.sequence]
+    for what, length in (("queries", q_shape[1]), ("keys", k_shape[1])):
+        if length % context:
+            raise InputError(
+                f"attention: {length} {what} are not divisible by mesh axis {sharding.sequence!r} of {context}"
+            )
+    return sizes

@@ -1,4 +1,4 @@
-"""Dense attention: the oracle of every other implementation. O(T*S) memory."""
+"""Dense attention: the readable form that every other implementation is held against. O(T*S) memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def dense(
     scale: float,
     alibi_slopes: Float[Array, "H"] | None = None,
     softcap: float | None = None,
-    platform: str | None = None,  # the same form is fast enough everywhere
-) -> Float[Array, "B T H h"]:
-    """softmax(cap(scale * q k^T) + bias) v over the visible keys; the softmax is fp32 whatever the inputs are.
+    sinks: Float[Array, "H"] | None = None,
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B H T"]]:
+    """softmax(cap(scale * q k^T) + bias) v over the visible keys, and its log-sum-exp; the softmax is fp32 whatever the
+    inputs are.
 
-    Query head n reads key/value head n // (H / K). A query that sees no key at all gets zeros.
+    Query head n reads key/value head n // (H / K). A query that sees no key at all gets zeros, and lse -inf (without a
+    sink).
     """
     B, T, H, h = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -46,10 +48,18 @@ def dense(
         seen = seen.reshape(-1, 1, 1, T, S)
         scores = jnp.where(seen, scores, -jnp.inf)
 
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    p = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
+    top = scores.max(-1, keepdims=True)
+    top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
-    p = (p / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+    total = total if sink is None else total + jnp.exp(sink - top)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    p = (p / safe).astype(v.dtype)
 
     out = jnp.einsum("bkrs,bskh->bkrh", p.reshape(B, K, G * T, S), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, K, G, T, h).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q.dtype)
+    out = out.reshape(B, K, G, T, h).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q.dtype)
+    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    return out, lse.reshape(B, H, T)

@@ -131,6 +131,7 @@ def obstacles(config: ModelConfig, cls: HFClass) -> list[str]:
     need(config.norm_placement == cls.norm_placement, f"norm_placement {config.norm_placement}")
     need(config.norm_offset == cls.norm_offset, f"norm_offset {config.norm_offset:g}")
     need(config.qk_norm == cls.qk_norm, f"qk_norm {config.qk_norm}")
+    need(not config.attention_sinks, "attention_sinks")
     need(cls.clip_qkv or not config.clip_qkv, f"clip_qkv {config.clip_qkv:g}")
     for name in ("attention_softcap", "logit_softcap"):
         need(name in cls.softcaps or not getattr(config, name), f"{name} {getattr(config, name):g}")

@@ -52,6 +52,7 @@ def leaf_shapes(config: ModelConfig) -> Mapping[str, Shape]:
         (config.qk_norm != "none", "layers/attention/key_norm/scale", (K, h) if full else (h,)),
         (True, "layers/attention/output", (H, h, D)),
         (config.output_bias, "layers/attention/output_bias", (D,)),
+        (config.attention_sinks, "layers/attention/sinks", (H,)),
         *((gains, f"layers/attention/{name}_gain", ()) for name in ("query", "key", "value", "output")),
         (after, "layers/attention_post_norm/scale", (D,)),
         (before, "layers/mlp_norm/scale", (D,)),

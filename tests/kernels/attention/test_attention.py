@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neo.errors import InputError
-from neo.kernels.attention import Mask, attention, resolve
+from neo.kernels.attention import Mask, Request, attention, resolve
 from neo.kernels.attention.spec import visible
 
 
@@ -97,15 +97,34 @@ def test_softmax_is_float32_for_bfloat16_inputs(name):
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=2**-8)
 
 
+def request(platform="cpu", seq_len=8192, **changes):
+    facts = {"dtype": "bfloat16", "num_heads": 8, "num_kv_heads": 2, "head_size": 128} | changes
+    return Request(platform=platform, seq_len=seq_len, **facts)
+
+
 def test_resolve_gives_one_name_and_a_reason():
-    assert resolve("dense", "tpu", seq_len=10**6) == ("dense", "asked for by name")
-    for platform in ("cpu", "gpu", "tpu"):
-        name, reason = resolve("auto", platform, seq_len=8192)
+    assert resolve("dense", request("tpu", 10**6)) == ("dense", "asked for by name")
+    for platform in ("cpu", "gpu"):
+        name, reason = resolve("auto", request(platform))
         assert name == "blockwise" and platform in reason and "8192" in reason
-    assert resolve("auto", "cpu")[0] == "blockwise"
-    assert resolve("auto", "gpu", seq_len=8192, decoding=True)[0] == "dense"
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", ""):
+        assert resolve("auto", request("tpu", device_kind=kind)) == ("pallas_tpu", f"neo's own kernel for {kind or 'tpu'}")
+    assert resolve("auto", request("gpu", device_kind="NVIDIA H200"))[0] == "pallas_gpu"
+    name, reason = resolve("auto", request("gpu", device_kind="NVIDIA A100-SXM4-40GB"))
+    assert name == "blockwise" and "pallas_gpu lacks" in reason and "Hopper" in reason
+    name, reason = resolve("auto", request("gpu", device_kind="NVIDIA H200", dtype="float32"))
+    assert name == "blockwise" and "pallas_gpu lacks dtype float32" in reason
+    with pytest.raises(InputError, match="'pallas_tpu' lacks .*TPU"):
+        resolve("pallas_tpu", request())
+    with pytest.raises(InputError, match="'pallas_gpu' lacks .*Hopper"):
+        resolve("pallas_gpu", request("tpu"))
+    assert resolve("auto", request(seq_len=64))[0] == "dense"
+    assert resolve("auto", request("gpu", q_offset=True))[0] == "dense"
+    assert resolve("auto", request("gpu", kv_len=8200))[0] == "dense"
     with pytest.raises(InputError, match="did you mean 'blockwise'"):
-        resolve("blockwize", "cpu")
+        resolve("blockwize", request())
+    with pytest.raises(InputError, match="'dense' lacks a sequence split 4 ways .mesh axis context."):
+        resolve("dense", request(sequence_shards=4))
 
 
 GOOD = {"q": (2, 8, 4, 16), "k": (2, 8, 2, 16)}

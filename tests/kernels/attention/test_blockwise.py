@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -14,12 +15,30 @@ from jax.ad_checkpoint import checkpoint_policies
 
 from neo.errors import InputError
 from neo.kernels.attention import Mask, attention
-from neo.kernels.attention.blockwise import LSE_NAME, OUT_NAME, _Plan, blockwise, choose_block
-from neo.kernels.attention.dense import dense
+from neo.kernels.attention import dense as dense_module
+from neo.kernels.attention.blockwise import KERNEL, Bands, backward, choose_block, forward
+from neo.kernels.attention.kernel import LSE_NAME, OUT_NAME, Extras, Kernel, Plan
 
 # fp32 sums of up to a few hundred terms of size ~1 in another order: 1e-5 is about 100 units in the last place.
 FORWARD_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 3e-5
+
+
+def dense(q, k, v, **options):
+    return dense_module.dense(q, k, v, **options)[0]
+
+
+def blockwise(
+    q, k, v, *, mask, segment_ids, kv_segment_ids, q_offset, scale, alibi_slopes=None, softcap=None, block=None
+):
+    """The kernel with blocks of a given size, behind dense's arguments."""
+    assert q_offset is None
+    kernel = KERNEL
+    if block is not None:
+        kernel = Kernel(f"blocks of {block}", functools.partial(forward, block=block),
+                        functools.partial(backward, block=block), KERNEL.lacks)  # fmt: skip
+    plan = Plan(scale=scale, causal=mask.causal, window=mask.window, softcap=softcap)
+    return kernel.attend(q, k, v, Extras(segment_ids, kv_segment_ids, alibi_slopes), plan)[0]
 
 
 def numpy_attention(
@@ -205,19 +224,20 @@ def test_no_quadratic_temporaries(backward):
 @settings(max_examples=60, deadline=None)
 def test_groups_cover_every_visible_key_and_little_else(blocks, block, window):
     length = blocks * block
-    plan = _Plan(min(window, length), block, 1.0)
-    groups = plan.groups(length)
+    window = min(window, length)
+    bands = Bands(block, length, length, window=window)
+    groups = bands.groups()
     assert groups[0][0] == 0 and groups[-1][1] == blocks
     assert all(a[1] == b[0] for a, b in itertools.pairwise(groups))
     for first, end, band in groups:
         for index in (first, end - 1):
             start = max(0, (index + 1) * block - band)
             assert start + band <= length and start + band >= (index + 1) * block
-            assert start <= max(0, index * block - plan.window + 1)  # the first key its first query sees
+            assert start <= max(0, index * block - window + 1)  # the first key its first query sees
     covered = sum((end - first) * band for first, end, band in groups)
-    if blocks >= 16 and plan.window == length:
+    if blocks >= 16 and window == length:
         assert covered <= 0.7 * blocks * length  # 0.5 is what is useful
-    assert covered <= blocks * (plan.window + 2 * block)  # O(T * W)
+    assert covered <= blocks * (window + 2 * block)  # O(T * W)
 
 
 def test_block_choice():
@@ -261,7 +281,7 @@ def test_inside_scan_checkpoint_and_jit():
 @pytest.mark.parametrize(
     ("change", "lacks"),
     [
-        ({"mask": Mask(causal=False)}, "causal=False"),
+        ({"mask": Mask(causal=False), "alibi_slopes": jnp.ones(2)}, "alibi_slopes with causal=False"),
         ({"q_offset": jnp.zeros(1, jnp.int32)}, "q_offset"),
         ({"S": 24}, "24 keys"),
     ],

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from neo.errors import InputError
-from neo.kernels.attention import IMPLEMENTATIONS, Mask, attention
-from neo.kernels.attention.blockwise import blockwise
-from neo.kernels.attention.dense import dense
+from neo.kernels.attention import Mask, attention
+from neo.kernels.attention import dense as dense_module
+from neo.kernels.attention.blockwise import KERNEL, backward, forward
+from neo.kernels.attention.kernel import Extras, Kernel, Plan
 from neo.kernels.attention.spec import distance_bias
+
+IMPLEMENTATIONS = ("dense", "blockwise")  # on any device; the rules for the others are in test_numerics.py
 
 # fp32 sums of up to a few hundred terms of size ~1 in another order: 1e-5 is about 100 units in the last place.
 FORWARD_TOLERANCE = 1e-5
@@ -46,6 +49,18 @@ def oracle(
     p = np.where(hidden, 0.0, np.exp(s - s.max(-1, keepdims=True, where=~hidden, initial=-1e300)))
     p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
     return np.einsum("bhts,bshx->bthx", p, np.repeat(v, H // K, 2))
+
+
+def dense(q, k, v, **options):
+    return dense_module.dense(q, k, v, **options)[0]
+
+
+def blockwise(q, k, v, *, mask, segment_ids, kv_segment_ids, q_offset, scale, alibi_slopes, softcap, block):
+    """The kernel with blocks of a given size, behind dense's arguments."""
+    kernel = Kernel(f"blocks of {block}", functools.partial(forward, block=block),
+                    functools.partial(backward, block=block), KERNEL.lacks)  # fmt: skip
+    plan = Plan(scale=scale, causal=mask.causal, window=mask.window, softcap=softcap)
+    return kernel.attend(q, k, v, Extras(segment_ids, kv_segment_ids, alibi_slopes), plan)[0]
 
 
 def inputs(seed, B, T, H, K, h, S=None, spread=2.0):
@@ -133,7 +148,7 @@ def test_blockwise_equals_dense_and_numpy(length, window, heads, block, document
 
     def gradients(implementation, **options):
         def loss(q, k, v):
-            out = implementation(q, k, v, kv_segment_ids=ids, q_offset=None, **case, **options)
+            out = implementation(q, k, v, kv_segment_ids=ids, q_offset=None, **({"alibi_slopes": None} | case), **options)
             return (out * do).sum(), out
 
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
