@@ -9,8 +9,9 @@ of 256..2048 at T=8192, W=4096 (but those that cannot win: `hopeless`), and pric
 (`summary` in bench/tpu_static.py):
     steps of the grid * an empty step + visible tiles * a tile + rows * first and last visit
 plus, for fused, the sum over the parts of dq at the compiler's estimate. Other shapes have the same tiles and other
-numbers of them. The two or three cheapest of each kind are then compiled at the shape and counted exactly, XLA's work
-included; the cheapest of those is what the benchmark uses. All counts are kept in bench/results/attention_tpu_splash.json.
+numbers of them. The two cheapest of each kind are then compiled at the shape and counted exactly, XLA's work included
+(fused: if its price is within 10 %); the cheapest of those is what the benchmark uses. All counts are kept in
+bench/results/attention_tpu_splash.json.
 """
 
 from __future__ import annotations
@@ -145,9 +146,13 @@ def summaries(compiler, shape, setting: dict) -> dict[str, dict]:
 
 def hopeless(known: dict, chip: str, shape, part: str, blocks: list[int], cores: int) -> bool:
     """Whether a candidate could not win even if its tiles cost 8 % less a score, and its empty steps 20 % less, than the best
-    seen so far: large blocks cover scores that do not count, small ones take many steps."""
+    seen so far: large blocks cover scores that do not count, small ones take many steps, and dq parts must be summed."""
     seen = cheapest(known, chip, shape, part, cores)
-    if len(seen) < 3:
+    least_known = seen[0][0] if seen else math.inf
+    if part == "fused":   # it has to beat the two kernels too
+        apart = [cheapest(known, chip, shape, other, cores)[:1] for other in ("dkv", "dq")]
+        least_known = min(least_known, sum(found[0][0] for found in apart) if all(apart) else math.inf)
+    if len(seen) < 2:
         return False
     entries = [(known["tiles"][f"{chip} {part} " + " ".join(map(str, b))], b) for _, b in seen]
     rate = min(entry["tile_cycles"] / (b[0] * b[1]) for entry, b in entries)
@@ -156,16 +161,7 @@ def hopeless(known: dict, chip: str, shape, part: str, blocks: list[int], cores:
     least = (0.92 * tiles * blocks[0] * blocks[1] * rate + 0.8 * steps * step) * shape.heads / cores
     if part == "fused":   # XLA's sum takes at least what it took for the parts of larger blocks
         least += min((entry["sum_cycles"] * b[1] for entry, b in entries), default=0) / blocks[1]
-    return least > seen[0][0]
-
-
-def likely(known: dict, shape, blocks: list[int]) -> tuple[float, float]:
-    """Sorts candidates: what was cheap on a chip that is done comes first, so that `hopeless` sees good ones early."""
-    words = " ".join(map(str, blocks))
-    prices = [price(entry, shape, part, blocks, 1) for part in ("forward", "dkv") for chip in ("v5e", "v6e")
-              if isinstance(entry := known["tiles"].get(f"{chip} {part} {words}"), dict)]
-    far = sum(abs(math.log2(size / middle)) for size, middle in zip(blocks, (512, 1024, 512), strict=True))
-    return (sum(prices) / len(prices) if prices else math.inf, far)
+    return least > least_known
 
 
 def compile_tiles(known: dict, chip: str) -> None:
@@ -174,7 +170,8 @@ def compile_tiles(known: dict, chip: str) -> None:
 
     shape, cores = bench.SHAPES["8k"], bench.CHIPS[chip].cores
     candidates = [list(s) for s in itertools.product(BLOCKS, BLOCKS, BLOCKS) if s[2] <= s[1]]
-    candidates.sort(key=lambda s: likely(known, shape, s))
+    # The likely ones first, so that `hopeless` sees good ones early.
+    candidates.sort(key=lambda s: sum(abs(math.log2(size / middle)) for size, middle in zip(s, (1024, 1024, 512), strict=True)))
     with bench.Compiler(chip, timeout=COMPILE_S) as compiler:
         for s, parts in itertools.product(candidates, (("forward", "dkv", "dq"), ("fused",))):
             keys = {part: f"{chip} {part} " + " ".join(map(str, s[:2] if part == "dq" else s)) for part in parts}
@@ -214,11 +211,11 @@ def confirm(known: dict, chip: str, name: str) -> None:
     import attention_tpu_static as bench
 
     shape, cores = bench.SHAPES[name], bench.CHIPS[chip].cores
-    best = {part: [blocks for _, blocks in cheapest(known, chip, shape, part, cores)[:3]] for part in PARTS}
-    trials = [{"forward": best["forward"][0], "fused": best["fused"][0]},
-              {"forward": best["forward"][1], "fused": best["fused"][1]},
-              {"forward": best["forward"][0], "dkv": best["dkv"][0], "dq": best["dq"][0]},
-              {"forward": best["forward"][2], "dkv": best["dkv"][1], "dq": best["dq"][1]}]
+    found = {part: cheapest(known, chip, shape, part, cores)[:2] for part in PARTS}
+    best = {part: [blocks for _, blocks in two] for part, two in found.items()}
+    trials = [{part: best[part][i] for part in ("forward", "dkv", "dq")} for i in (0, 1)]
+    if found["fused"] and found["fused"][0][0] < 1.1 * (found["dkv"][0][0] + found["dq"][0][0]):   # near enough to know better
+        trials += [{part: two[0] for part, two in best.items() if part in ("forward", "fused")}]
     counted = known["counted"].setdefault(f"{chip} {name}", [])
     for setting in trials:
         if any(entry["setting"] == setting for entry in counted):

@@ -34,7 +34,7 @@ SHAPES = ((8192, 4096, 32, 8, 128), (8192, None, 32, 8, 128), (8192, 4096, 16, 1
           (8192, 4096, 32, 8, 64), (2048, None, 16, 16, 128))
 STEPS = {"block_q": (128, 256, 512, 1024, 2048), "block_kv": (128, 256, 512, 1024, 2048), "chunk_rows": (128, 256, 512, 1024),
          "chunk_stack": (1, 2, 4), "edge_rows": (128, 256, 512), "edge_stack": (1, 2, 4), "part": (128, 256, 512),
-         "unroll": (1, 2, 4)}
+         "unroll": (1, 2, 4), "columns": (256, 512, 1024, 2048), "newton": (0, 1), "turned": (0, 1)}
 SLOW_S = 20.0   # CPU seconds of a compile that nobody should wait for
 TIE = 1.01
 
@@ -59,7 +59,7 @@ def default_blocks(direction: str) -> dict:
 
     module = importlib.import_module(getattr(KERNEL, direction).__module__)
     given = module.__dict__[f"{direction.capitalize()}Blocks"]()
-    return {field: getattr(given, field) for field in STEPS if hasattr(given, field)}
+    return {field: int(getattr(given, field)) for field in STEPS if hasattr(given, field)}
 
 
 def neighbours(blocks: dict) -> list[dict]:

@@ -46,10 +46,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     `jax.make_mesh` orders the devices; a reshaped list would turn all-gathers into all-reduces on a
     TPU torus. Axis types are Auto: the compiler propagates shardings from the constraints.
+
+    Raises InputError as `mesh_shape`, and where the axes do not fit the sides of a TPU slice.
     """
     import jax
 
     devices = list(devices if devices is not None else jax.devices())
     shape = mesh_shape(config, len(devices))
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError as error:   # a TPU slice of 4 x 4 x 4 chips has no ring of 8 along its links
+        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+        raise InputError(f"config.mesh: {asked} does not follow the links between these {len(devices)} devices: each axis "
+                         f"must be a product of whole sides of the slice ({str(error).split('. ')[0]})") from error

@@ -128,10 +128,13 @@ class Layout:
             rows, width = grad.shape[1], grad.shape[2] // parts
             wide = _tileable(width) if self._on_tpu() else width
             grad = grad.reshape(shards, rows, parts, width)
-            grad = jax.numpy.pad(grad, ((0, 0), (0, 0), (0, 0), (0, wide - width))).sum(0)
+            grad = jax.numpy.pad(grad, ((0, 0), (0, 0), (0, 0), (0, wide - width)))
             # The barrier keeps the slice that belongs to this device in one piece: an all-reduce with one slice
             # behind it becomes a reduce-scatter, one with a slice fused into each user does not.
-            grad = jax.lax.optimization_barrier(self.constrain(grad, *stored, None))
+            if (along := self.split("sequence")) > 1:   # over the batch first, and of the rest only this device's slice
+                grad = grad.reshape(shards // along, along, *grad.shape[1:]).sum(0)
+                grad = jax.lax.optimization_barrier(self.constrain(grad, "sequence", *stored, None))
+            grad = jax.lax.optimization_barrier(self.constrain(grad.sum(0), *stored, None))
             return (self.constrain(grad[..., :width].reshape(rows, parts * width), *stored),)
 
         copied = jax.custom_vjp(spread)

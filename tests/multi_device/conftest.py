@@ -18,3 +18,17 @@ def eight_devices():
 
     if jax.device_count() != 8:
         pytest.fail(f"{jax.device_count()} devices instead of 8: run `pytest tests/multi_device` by itself")
+
+
+@pytest.fixture(scope="module")
+def shared_compile_cache(compile_cache):
+    """Programs compiled in earlier sessions are taken from there: for modules whose time is mostly compiling."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    jax.config.update("jax_compilation_cache_dir", str(compile_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    cache.reset_cache()

@@ -18,6 +18,7 @@ from neo.kernels.attention.kernel import LSE_NAME, OUT_NAME, Extras, Kernel, Pla
 
 from ..kernels.attention import oracle
 
+pytestmark = pytest.mark.usefixtures("shared_compile_cache")
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
 B, T, H, K, h = 2, 64, 4, 2, 16
 SLOPES = np.asarray([0.5, 0.03, 0.2, 0.01], np.float32)

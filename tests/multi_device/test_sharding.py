@@ -184,6 +184,14 @@ def test_mesh_shape_errors(mesh, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_mesh_that_does_not_follow_the_links_is_refused_in_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 3 of size 8. The size of each axis ...")
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(InputError, match=r"config.mesh: context=8 does not follow the links.*\(Failed to find.* of size 8\)$"):
+        make_mesh(MeshConfig(fsdp=1, context=8))
+
+
 SIZES = dict.fromkeys(AXES, 1)
 GOOD = dict(vocab_size=64, num_layers=1, d_model=32, num_heads=8, num_kv_heads=2, d_ff=64, max_seq_len=16)
 

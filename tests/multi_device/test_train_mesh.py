@@ -12,16 +12,7 @@ from neo.config import load
 TOLERANCE = dict(rtol=2e-4, atol=2e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compile_cache(compile_cache):
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache as cache
-    jax.config.update("jax_compilation_cache_dir", str(compile_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("shared_compile_cache")
 
 
 @pytest.fixture

@@ -89,6 +89,20 @@ def test_two_processes_train_what_one_trains(together, tiny, tmp_path):
     assert more.events()[-3]["event"] == "resume" and more.events()[-3]["step"] == 6
 
 
+def test_a_sequence_on_two_processes(together, tiny, tmp_path):
+    """Each reads the rows of all sequences and places its half of their tokens; keys travel between the processes."""
+    ended = together(2, tmp_path / "two", train__steps=3, mesh__fsdp=1, mesh__context=2)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert "mesh context=2" in ended[0][2]
+
+    from neo.train.runner import run
+    one = run(load(tiny, {"data.synthetic": True, "train.steps": 3}), tmp_path / "one")
+    losses = [[record["train/loss"] for record in each.records() if "train/loss" in record]
+              for each in (Run(tmp_path / "two"), one)]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
+
+
 def test_a_workdir_that_is_not_shared_names_the_process(together, tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     for folder in folders:

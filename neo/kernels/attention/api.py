@@ -73,6 +73,10 @@ def attention(
     if alibi_slopes is not None:
         alibi_slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
     kv_segment_ids = _check(q, k, v, segment_ids, kv_segment_ids, q_offset, alibi_slopes, sinks)
+    if not isinstance(mask, Mask):
+        raise InputError(f"attention: mask is {mask!r}; a Mask would be right")
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale)):
+        raise InputError(f"attention: scale is {scale!r}; a finite number, or None for h ** -0.5, would be right")
     if softcap is not None and (isinstance(softcap, bool) or not 0 < softcap < math.inf):
         raise InputError(f"attention: softcap is {softcap!r}; a number above 0, or None for no cap, would be right")
     (_, T, H, h), (S, K) = q.shape, k.shape[1:3]

@@ -95,7 +95,8 @@ class Problem:
             q, k, v, dout = (jnp.asarray(x, dtype).astype(work) for x in (self.q, self.k, self.v, self.dout))
             extras = jax.tree.map(jnp.asarray, self.extras)
             run = jax.jit(functools.partial(_everything, implementation, self.plan))
-            runs = [run(q, k, v, extras, dout, jnp.asarray(self.dlse)) for _ in range(times)]
+            # One after the other: the interpreters of Pallas keep their state in one place.
+            runs = [jax.block_until_ready(run(q, k, v, extras, dout, jnp.asarray(self.dlse))) for _ in range(times)]
         return [{name: np.asarray(x, np.float32) for name, x in out.items() if x is not None} for out in runs]
 
 

@@ -77,12 +77,15 @@ def program(job: dict):
 def main() -> None:
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
     sys.path.insert(0, str(ROOT))
+    from neo.kernels.attention.tpu import blocks
 
     for text in sys.argv[1:]:
         job = json.loads(text)
         start = time.time()
         gradients, arguments = program(job)
-        compiled = gradients.lower(*arguments).compile()
+        with blocks.for_chip(job["chip"]):
+            lowered = gradients.lower(*arguments)
+        compiled = lowered.compile()
         print(json.dumps({**describe(compiled), "job": job, "seconds": round(time.time() - start, 1)}), flush=True)
 
 

@@ -96,13 +96,8 @@ def attention(
     p, p_sink = r(weights / total[..., None]), r(sink_weight / total)
     out = r(p @ v)
 
-    # Terms without their signs, each times how far a relative error of a product q k moves it.
-    score_size = (np.abs(q) @ np.abs(k).mT) * number(scale) * slope_of_cap + np.abs(np.where(seen, scores, 0))
-    worth = 1 + np.abs(np.where(nothing, 0, lse)) + (p * score_size).sum(-1)
-    p_size = p * (worth[..., None] + score_size)
-    sizes = {"out": _top(p_size @ np.abs(v)), "lse": _top(worth)}
     if dout is None:
-        return Result(out.swapaxes(1, 2), lse, sizes=sizes)
+        return Result(out.swapaxes(1, 2), lse)
 
     do = array(dout).swapaxes(1, 2)
     dl = np.zeros((B, H, T), number) if dlse is None else np.where(nothing, 0, array(dlse))  # a constant -inf moves nothing
@@ -116,18 +111,25 @@ def attention(
     gradients = {"dq": r(ds @ k).swapaxes(1, 2), "dk": heads(r(ds.mT @ q)), "dv": heads(r(p.mT @ do)), "dsinks": None}
     if sinks is not None:
         gradients["dsinks"] = -(p_sink * delta).sum((0, 2))
-    dp_size = np.abs(do) @ np.abs(v).mT
-    delta_size = (p_size * dp_size).sum(-1) + np.abs(dl)
-    ds_size = (p_size * dp_size + p_size * ((p * dp_size).sum(-1) + np.abs(dl))[..., None] + p * delta_size[..., None]) * scale
-    sizes |= {
-        "dq": _top(ds_size @ np.abs(k)),
-        "dk": _top(heads(ds_size.mT @ np.abs(q))),
-        "dv": _top(heads(p_size.mT @ np.abs(do))),
-        "dsinks": _top((p_sink * delta_size * worth).sum((0, 2))),
-    }
-    # Rounding each entry of out moves its row's delta, and so dsinks, by independent amounts: their root of squares.
-    rows = (p_sink * np.sqrt(((out * do) ** 2).sum(-1))) ** 2
-    sizes["dsinks of out"] = float(np.sqrt(rows.sum((0, 2)).max()))
+    sizes = None
+    if rounded_to is None:
+        # Terms without their signs, each times how far a relative error of a product q k moves it.
+        score_size = (np.abs(q) @ np.abs(k).mT) * scale * slope_of_cap + np.abs(np.where(seen, scores, 0))
+        worth = 1 + np.abs(np.where(nothing, 0, lse)) + (p * score_size).sum(-1)
+        p_size = p * (worth[..., None] + score_size)
+        dp_size = np.abs(do) @ np.abs(v).mT
+        delta_size, delta_worth = (p * dp_size).sum(-1) + np.abs(dl), (p_size * dp_size).sum(-1) + np.abs(dl)
+        ds_size = (p_size * (dp_size + delta_size[..., None]) + p * delta_worth[..., None]) * scale
+        sizes = {
+            "out": _top(p_size @ np.abs(v)),
+            "lse": _top(worth),
+            "dq": _top(ds_size @ np.abs(k)),
+            "dk": _top(heads(ds_size.mT @ np.abs(q))),
+            "dv": _top(heads(p_size.mT @ np.abs(do))),
+            "dsinks": _top((p_sink * delta_worth * worth).sum((0, 2))),
+            # Rounding each entry of out moves its row's delta, and so dsinks, by independent amounts: root of squares.
+            "dsinks of out": float(np.sqrt(((p_sink**2 * ((out * do) ** 2).sum(-1)).sum((0, 2))).max())),
+        }
     return Result(out.swapaxes(1, 2), lse, **gradients, sizes=sizes)
 
 

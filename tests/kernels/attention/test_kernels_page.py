@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from neo.errors import InputError
 from neo.kernels.attention import IMPLEMENTATIONS, resolve
 from neo.kernels.attention.kernel import Request
 
-PAGE = (Path(__file__).parents[3] / "docs/kernels.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/kernels.md").read_text()
 
 HOME = {"pallas_tpu": ("tpu", "TPU v5 lite"), "pallas_gpu": ("gpu", "NVIDIA H200"), "cudnn": ("gpu", "NVIDIA H200")}
 
@@ -103,6 +105,17 @@ def test_floors():
 
 def test_names_on_the_page_exist():
     """Files that the page points at in backticks."""
-    root = Path(__file__).parents[3]
-    for name in set(re.findall(r"`((?:neo|tests|bench|docs)/[\w/.]+)`", PAGE)):
-        assert (root / name).exists(), name
+    for name in set(re.findall(r"`(?:python )?((?:neo|tests|bench|docs)/[\w/.]+)[ `]", PAGE)):
+        assert (ROOT / name).exists(), name
+
+
+def test_pictures_can_be_drawn(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw_band_grid", ROOT / "docs/draw_band_grid.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    drawing.draw_band(tmp_path / "band.png")
+    drawing.draw_ring(tmp_path / "ring.png")
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 10_000
+    # What the picture of the ring says of the code: whose chunks are whose, and that zigzag is even.
+    devices = [[device for row in drawing.visits(zigzag=True) for device, hop in row if hop == at] for at in range(4)]
+    assert [[at.count(d) for d in range(4)] for at in devices] == [[3] * 4, [2] * 4, [2] * 4, [2] * 4]

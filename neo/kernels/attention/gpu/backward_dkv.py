@@ -197,32 +197,35 @@ class _Block:
         leaves the registers of P^T and dS^T to the next step's scores (with them ptxas serialises all, C7512)."""
         scratch, spec, block_q = self.scratch, self.spec, self.config.block_q
         queries, douts = scratch["q"].at[slot], scratch["dout"].at[slot]
-        part = part + tiles.opaque_zero(slot, self.config.slots)
+        zero = tiles.opaque_zero(slot, self.config.slots)
+        part = part + zero
         keys, values = scratch["k"].at[part], scratch["v"].at[part]
 
         wants_dv, wants_dk = dv_sum is not None, dk_sum is not None
 
         def body(s_sum, dp_sum=None):
+            def row_numbers(name, like):
+                return mosaic.columns(mosaic.load(scratch[name].at[slot], mosaic.COLUMN_VECTOR), like)
+
             def start_dp():
-                delta = mosaic.columns(mosaic.load(scratch["delta"].at[slot], mosaic.COLUMN_VECTOR), dp_sum)
+                delta = row_numbers("delta", dp_sum)
                 tiles.start_sum(dp_sum, delta, spec.interpret)
                 return delta
 
             plgpu.barrier_wait(scratch["full"].at[slot])
-            lse = mosaic.columns(mosaic.load(scratch["lse"].at[slot], mosaic.COLUMN_VECTOR), s_sum)
-            lse_start = lse if spec.softcap is None else None
+            lse_start = row_numbers("lse", s_sum) if spec.softcap is None else None
             tiles.start_sum(s_sum, lse_start, spec.interpret)
-            # A mask needs the registers of dP: a masked step makes it later. Else both products run one after the other.
-            early = wants_dk and not masked
+            early = wants_dk and spec.both_products(masked)
             delta = start_dp() if early else None
             plgpu.wgmma(s_sum, keys, queries.T)
             if early:
                 plgpu.wgmma(dp_sum, values, douts.T)
             scores = tiles.finish_sum(s_sum, int(early), lse_start, spec.interpret)
+            lse = row_numbers("lse", scores) if lse_start is None else lse_start
             place = None
             if masked or spec.alibi:
                 q_block, q_head = self.position(walk, step, masked)
-                place = tiles.Place(self.batch, q_head, q_block * block_q, first_row, transposed=True)
+                place = tiles.Place(self.batch, q_head, q_block * block_q, first_row, zero, transposed=True)
             p, weight = tiles.probabilities(scores, lse, self.inputs, place, masked, spec)
             if wants_dk and not early:
                 delta = start_dp()

@@ -136,8 +136,7 @@ class _Block:
         first_row = self.block * self.config.block_q + self.wg * mosaic.ROWS
         rows = pl.ds(first_row, mosaic.ROWS)
         lse, delta = (
-            tiles.load_global(self.inputs[name].at[self.batch, self.head, rows], mosaic.ROW_VECTOR)
-            for name in ("lse", "delta")
+            tiles.load_global(self.inputs[name].at[self.batch, self.head, rows], mosaic.ROW_VECTOR) for name in ("lse", "delta")
         )
         queries = scratch["q"].at[self.wg]
         walk = self.walk()
@@ -168,26 +167,29 @@ class _Block:
 
     def step(self, walk, step, slots, masked: bool, first_row, lse, delta, dq_sum):
         """One block of keys: dS [64 queries, block_kv] is a left operand straight from registers.
-        slots: of these keys, and of the last step's. Returns the next step's."""
+
+        slots: those of these keys and of the last step's keys. Returns the same for the next step.
+        """
         scratch, spec, block_kv = self.scratch, self.spec, self.config.block_kv
         k_slot, last_k_slot = slots
         v_slot = tiles.next_slot(k_slot, self.config.slots)
         keys, values = scratch["ring"].at[k_slot], scratch["ring"].at[v_slot]
-        part = self.wg + tiles.opaque_zero(k_slot, self.config.slots)
+        zero = tiles.opaque_zero(k_slot, self.config.slots)
+        part = self.wg + zero
 
         def body(s_sum, dp_sum):
             lse_tile, delta_tile = mosaic.rows(lse, s_sum), mosaic.rows(delta, dp_sum)
             lse_start = lse_tile if spec.softcap is None else None
             tiles.start_sum(s_sum, lse_start, spec.interpret)
-            # A mask needs the registers of dP: a masked step makes it later. Else both products run one after the other.
-            if not masked:
+            early = spec.both_products(masked)
+            if early:
                 tiles.start_sum(dp_sum, delta_tile, spec.interpret)
             plgpu.barrier_wait(scratch["full"].at[k_slot])
             plgpu.wgmma(s_sum, scratch["q"].at[part], keys.T)
             plgpu.barrier_wait(scratch["full"].at[v_slot])
-            if not masked:
+            if early:
                 plgpu.wgmma(dp_sum, scratch["dout"].at[part], values.T)
-            scores = tiles.finish_sum(s_sum, int(not masked), lse_start, spec.interpret)
+            scores = tiles.finish_sum(s_sum, int(early), lse_start, spec.interpret)
             if self.config.overlap:  # at most dP is unfinished here: the product of the last step is done with its keys
 
                 @pl.when(step > 0)
@@ -197,9 +199,9 @@ class _Block:
             place = None
             if masked or spec.alibi:
                 first_key = walk.block(step, masked) * block_kv
-                place = tiles.Place(self.batch, self.head, first_row, first_key, transposed=False)
+                place = tiles.Place(self.batch, self.head, first_row, first_key, zero, transposed=False)
             _, weight = tiles.probabilities(scores, lse_tile, self.inputs, place, masked, spec)
-            if masked:
+            if not early:
                 tiles.start_sum(dp_sum, delta_tile, spec.interpret)
                 plgpu.wgmma(dp_sum, scratch["dout"].at[part], values.T)
             dp = tiles.finish_sum(dp_sum, 0, delta_tile, spec.interpret)

@@ -253,6 +253,11 @@ class Spec:
         """Whether a tile can need a mask at all."""
         return self.band.causal or self.listed or self.band.padded
 
+    def both_products(self, masked: bool) -> bool:
+        """Whether a step makes q k^T and dout v^T one right after the other, or the second when the probabilities are
+        there: what a mask needs meanwhile, and a soft-cap with ALiBi, is its 32 registers (ours, compiled: spills)."""
+        return not masked and not (self.alibi and self.softcap is not None)
+
     def walk(self, stationary: str, inputs: dict, batch, block) -> Walk | ListedWalk:
         """The walk along a stationary block ("q" or "kv") inside a kernel."""
         if not self.listed:
@@ -262,12 +267,13 @@ class Spec:
 
 
 class Place(NamedTuple):
-    """Where a tile of scores lies: its first query and key, and whether its rows are keys."""
+    """Where a tile of scores lies: its first query and key, and whether its rows are keys. zero: an `opaque_zero`."""
 
     batch: object
     head: object
     first_query: object
     first_key: object
+    zero: object
     transposed: bool
 
 
@@ -306,14 +312,14 @@ def _tanh(scores, factor: float):
 # A tile of scores is 16 or 32 columns and 2 rows a thread. What depends on columns is kept free of the step, and what
 # depends on the step is put into the rows: the column numbers are then the only registers that a mask keeps over the
 # loop. Written as one difference of positions, LLVM moves all 32 of them out of it, and ptxas spills.
-def _row_and_columns(like) -> tuple[Int[Array, "rows"], Int[Array, "rows columns"]]:
+def _row_and_columns(place: Place, like) -> tuple[Int[Array, "rows"], Int[Array, "rows columns"]]:
     row = plgpu.broadcasted_iota(jnp.int32, (like.shape[0],), 0, layout=mosaic.ROW_VECTOR)
-    return row, plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=mosaic.ACCUMULATOR)
+    return row, plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=mosaic.ACCUMULATOR) + place.zero
 
 
 def _distance(place: Place, like, spec: Spec) -> Float[Array, "rows columns"]:
     """Keys from each score's key up to its query's own place, offset + i - j, as fp32."""
-    row, column = _row_and_columns(like)
+    row, column = _row_and_columns(place, like)
     apart = spec.band.offset + place.first_query - place.first_key
     if place.transposed:
         return column.astype(jnp.float32) + mosaic.rows((apart - row).astype(jnp.float32), like)
@@ -321,23 +327,35 @@ def _distance(place: Place, like, spec: Spec) -> Float[Array, "rows columns"]:
 
 
 def _visible(inputs: dict, place: Place, like, spec: Spec) -> Bool[Array, "rows columns"]:
-    """The mask of one tile."""
+    """The mask of one tile: each row sees the columns low..high-1, and of those its own segment's."""
     band = spec.band
-    row, column = _row_and_columns(like)
+    row, column = _row_and_columns(place, like)
     apart = band.offset + place.first_query - place.first_key
-    tests = []
+    low = high = None
     if band.causal and place.transposed:  # 0 <= apart + column - row < window
-        tests.append(column >= mosaic.rows(row - apart, like))
-        if band.window is not None:
-            tests.append(column < mosaic.rows(row + (band.window - apart), like))
+        low, high = row - apart, None if band.window is None else row + (band.window - apart)
     elif band.causal:  # 0 <= apart + row - column < window
-        tests.append(column <= mosaic.rows(row + apart, like))
-        if band.window is not None:
-            tests.append(column > mosaic.rows(row + (apart - band.window), like))
-    if spec.first_key:
-        tests.append(_key(place, row, column, like) >= inputs["first_key"][0] - place.first_key)
-    if not band.causal and band.padded:
-        tests.append(_key(place, row, column, like) < band.kv_len - place.first_key)
+        low, high = None if band.window is None else row + (apart - band.window + 1), row + (apart + 1)
+    first = inputs["first_key"][0] - place.first_key if spec.first_key else None
+    last = band.kv_len - place.first_key if not band.causal and band.padded else None
+    if place.transposed:  # a row is a key: all of it is hidden, or nothing
+        exists = [x for x in (None if first is None else row >= first, None if last is None else row < last) if x is not None]
+        if exists:
+            start = row * 0 if low is None else low
+            low = jnp.where(functools.reduce(jnp.logical_and, exists), start, like.shape[1])
+    else:
+        if first is not None:
+            low = row * 0 + first if low is None else jnp.maximum(low, first)
+        if last is not None:
+            high = row * 0 + last
+    if spec.alibi:  # the column numbers are there as fp32: compared as such, they are not kept twice
+        column = column.astype(jnp.float32)
+        low, high = (x if x is None else jnp.clip(x, 0, like.shape[1]).astype(jnp.float32) for x in (low, high))
+    tests = []
+    if low is not None:
+        tests.append(column >= mosaic.rows(low, like))
+    if high is not None:
+        tests.append(column < mosaic.rows(high, like))
     if spec.segments:
         vectors, over = (mosaic.ROW_VECTOR, mosaic.COLUMN_VECTOR), (mosaic.rows, mosaic.columns)
         q_axis = int(place.transposed)
@@ -346,10 +364,6 @@ def _visible(inputs: dict, place: Place, like, spec: Spec) -> Bool[Array, "rows 
         kv_ids = load_global(inputs["kv_ids"].at[place.batch, kv_rows], vectors[1 - q_axis])
         tests.append(over[q_axis](q_ids, like) == over[1 - q_axis](kv_ids, like))
     return functools.reduce(jnp.logical_and, tests)
-
-
-def _key(place: Place, row, column, like):
-    return mosaic.rows(row, like) if place.transposed else column
 
 
 def load_global(ref, layout) -> jax.Array:

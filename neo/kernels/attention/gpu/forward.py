@@ -45,10 +45,20 @@ class Tile:
     stages: int
 
 
-# Ours, compiled (ptxas 13.0.88, 240 registers a consumer): the most keys a step that neither spill nor exceed 227 KiB of
-# shared memory with 2 stages or more. A block is a multiple of 64 keys, the rows of one swizzled wgmma operand.
-#   h  64: 192 keys spill 180 bytes. h 128: 192 keys spill. h 192: 128 keys and 2 stages are 243 KiB. h 256: likewise.
+# Ours, compiled (ptxas 13.0.88, 240 registers a consumer): the most keys a step that neither spill nor, twice over in K and
+# V, exceed 227 KiB. Blocks are multiples of 64 keys, the rows of one swizzled wgmma operand; more stages where they fit.
+#   h  64: 192 keys spill 180 bytes.  h 128: 192 keys spill, and leave no room for a second stage.
+#   h 192: 128 keys and two stages are 243 KiB.  h 256: 128 keys leave room for one stage.
 TILES = {64: Tile(128, 3), 128: Tile(128, 2), 192: Tile(64, 3), 256: Tile(64, 2)}
+# ALiBi beside segments, first_key, sinks or a soft-cap: the tile above spills 4 to 20 bytes.
+CROWDED = {128: Tile(64, 4)}
+
+
+def choose_tile(h: int, extras: Extras, plan: Plan) -> Tile:
+    """The tile for a (padded) head size and what is asked for."""
+    more = (extras.segment_ids, extras.first_key, extras.sinks, plan.softcap)
+    crowded = extras.slopes is not None and any(x is not None for x in more)
+    return CROWDED[h] if crowded and h in CROWDED else TILES[h]
 
 
 def forward(
@@ -59,10 +69,10 @@ def forward(
     plan: Plan,
     chosen: Tile | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B H T"]]:
-    """(out, lse), as `kernel.Kernel.forward` says. bf16 arrays. chosen: a tile to use instead of that of `TILES`."""
+    """(out, lse), as `kernel.Kernel.forward` says. bf16 arrays. chosen: a tile to use instead of `choose_tile`'s."""
     (batch, seq_len, _, h), kv_len = q.shape, k.shape[1]
     padded_h = mosaic.padded_head_size(h)
-    tile = chosen or TILES[padded_h]
+    tile = chosen or choose_tile(padded_h, extras, plan)
     q, k, v = (_padded(x, padded_h) for x in (q, k, v))
     num_q, num_kv = -(-seq_len // BLOCK_Q), -(-kv_len // tile.block_kv)
     band = tiles.Band(BLOCK_Q, tile.block_kv, num_q, num_kv, kv_len, plan.causal, plan.window, plan.offset)
@@ -242,7 +252,7 @@ class _Block:
         self.wait_for_keys(jnp.int32(1))
         carry = (mosaic.zeros((ROWS, self.h), ACCUMULATOR), p, m, total)
         acc, p, m, total = lax.fori_loop(1, self.total, self.step, carry)
-        last = self.slot(lax.optimization_barrier(self.total) - 1)  # worked out here, not held in a register since the start
+        last = self.slot(_anew(self.total) - 1)
         plgpu.barrier_wait(refs["v_full"].at[last])
         self.wait_for_turn()
         acc = mosaic.accumulate(acc, p, refs["v_ring"].at[last], interpret)
@@ -342,8 +352,8 @@ class _Block:
         return scores, factor, shift
 
     def slope2(self):
-        """ALiBi's slope in base 2, read anew: what is made of it must not be held in registers from one step to the next."""
-        return lax.optimization_barrier(self.refs["slopes2"][self.head])
+        """ALiBi's slope in base 2."""
+        return _anew(self.refs["slopes2"][self.head])
 
     def row_bias(self):
         """slope2 (i - first query of the block of the grid): what `logits` leaves out, with the sign turned."""
@@ -378,5 +388,10 @@ class _Block:
         seen = total > 0
         out = acc * mosaic.rows(jnp.where(seen, 1 / total, 0.0), acc)
         if self.listed:  # what stood in the block of a step that need not have been
-            out = jnp.where(self.refs["counts"][self.batch, self.block, 2] > 0, 0.0, out)
+            out = jnp.where(self.refs["counts"][_anew(self.batch), _anew(self.block), 2] > 0, 0.0, out)
         return out, lse * LN2
+
+
+def _anew(x: jax.Array) -> jax.Array:
+    """x, such that the compiler works out here what follows from it, and holds nothing of that in registers until then."""
+    return lax.optimization_barrier(x)

@@ -18,11 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from neo.errors import InputError
 from neo.kernels.attention.kernel import Extras, Plan
 from neo.kernels.attention.tpu import backward_tile as tile
 from neo.kernels.attention.tpu import backward_two
 from neo.kernels.attention.tpu.backward_tile import Call
-from neo.kernels.attention.tpu.blocks import BackwardBlocks
+from neo.kernels.attention.tpu.blocks import BackwardBlocks, backward_blocks
 from neo.kernels.attention.tpu.tiles import LANES, Tiles, round_up
 
 
@@ -38,19 +39,26 @@ def backward(
     blocks: BackwardBlocks | None = None,
     one_pass: bool | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-    """(dq, dk, dv), as `kernel.Kernel.backward`. one_pass: None takes it where its ring fits into VMEM."""
-    call = make_call(q, k, extras, plan, blocks or BackwardBlocks())
+    """(dq, dk, dv), as `kernel.Kernel.backward`.
+
+    blocks: the sizes of tiles; None takes the table's. one_pass: None takes it where its ring fits into VMEM.
+    """
+    if blocks is None:
+        stack = q.shape[2] // k.shape[2]
+        blocks = backward_blocks(q.shape[1], plan.window, q.shape[3], stack, wide=q.dtype == jnp.float32)
+    call = make_call(q, k, extras, plan, blocks)
     scalars, inputs = tile.operands(call, q, k, v, lse, delta, dout, extras)
-    limit = (blocks or BackwardBlocks()).vmem
     if one_pass is None:
-        one_pass = one_pass_bytes(call) <= limit
+        one_pass = one_pass_bytes(call) <= blocks.vmem
     run = one_pass_call if one_pass else backward_two.two_kernels
-    dq, dk, dv = run(call, scalars, inputs, limit)
+    dq, dk, dv = run(call, scalars, inputs, blocks.vmem)
     return tile.unstack(call, dq, q.shape[0]), *(tile.unstack_keys(call, x, q.shape[0]) for x in (dk, dv))
 
 
 def make_call(q: Array, k: Array, extras: Extras, plan: Plan, blocks: BackwardBlocks) -> Call:
-    """The static facts of a call on arrays of these shapes."""
+    """The static facts of a call on arrays of these shapes. InputError if block_q does not divide block_kv."""
+    if blocks.block_kv % blocks.block_q:
+        raise InputError(f"attention backward blocks {blocks.block_q} x {blocks.block_kv}: block_q must divide block_kv")
     batch, seq_len, heads, head = q.shape
     kv_len, kv_heads = k.shape[1:3]
     stack = heads // kv_heads
@@ -161,5 +169,5 @@ def _written_q(call: Call, j, u):
     t = call.tiles
     if not t.causal:
         return jnp.where(j == call.num_kv - 1, u, 0)
-    last = t.first_q(j) + t.block_kv // t.block_q - 1
-    return jnp.clip(jnp.minimum(tile.first_query(t, j) + u, last), 0, t.num_q - 1)
+    i = jnp.minimum(t.first_q(j) + t.block_kv // t.block_q - 1, tile.first_query(t, j) + u)
+    return jnp.clip(i, 0, t.num_q - 1) if t.offset else jnp.minimum(i, t.num_q - 1)

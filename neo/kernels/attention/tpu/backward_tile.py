@@ -15,10 +15,10 @@ the scores are the operand that sits in the unit, filling it, and the h rows are
 do, which are smaller. Ours, compiled (libtpu 0.0.51, v6e, h=128, G=4): 8.8k instead of 10.9k bundles for 4 x 512 x 1024
 scores. Units of 128 x 128 (v5e, v5p) are full either way and gain nothing.
 
-What is visible in a tile depends on the distance of its blocks alone, so a tile is one of a few programs made when the kernel is compiled:
-interior (nothing masked), one for every block diagonal that an edge of the window crosses (parts that cannot count are
-not computed, only parts that the edge crosses are masked), and one with all masks at run time for what is known only
-then (segments, first_key, padded keys).
+What is visible in a tile depends on the distance of its blocks alone, so a tile is one of a few programs made when the
+kernel is compiled: interior (nothing masked), one for every block diagonal that an edge of the window crosses (parts that
+cannot count are not computed, only parts that the edge crosses are masked), and one with all masks at run time for what
+is known only then (segments, first_key, padded keys).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Call:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Blocks in VMEM."""
-        return ("q", "k", "v", "dout", "lse", "delta") + (("q_ids", "kv_ids") if self.segments else ())
+        return ("q", "k", "v", "dout", "rows") + (("q_ids", "kv_ids") if self.segments else ())
 
 
 def operands(
@@ -111,8 +111,8 @@ def operands(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """(scalars, inputs) in the order of `Call.scalars` and `Call.inputs`.
 
-    q, dout [B*K, G, Tp, h] (q pre-scaled as in the forward), k, v [B*K, Sp, h], lse (base 2), delta [B*K, G, 1, Tp] fp32,
-    ids [B, 1, Tp] and [B, 1, Sp] int32. Padded queries have lse = +inf, so that their p is 0.
+    q, dout [B*K, G, Tp, h] (q pre-scaled as in the forward), k, v [B*K, Sp, h], rows [B*K, G, 2, Tp] fp32: lse in base 2
+    and delta, ids [B, 1, Tp] and [B, 1, Sp] int32. Padded queries have lse = +inf, so that their p is 0.
     """
     t = call.tiles
     batch, seq_len, heads, head = q.shape
@@ -124,7 +124,7 @@ def operands(
 
     def rows(x: Array, fill: float) -> Array:
         pad = ((0, 0), (0, 0), (0, 0), (0, t.padded_seq_len - seq_len))
-        return jnp.pad(x.reshape(t.groups, t.stack, 1, seq_len), pad, constant_values=fill)
+        return jnp.pad(x.astype(jnp.float32).reshape(t.groups, t.stack, 1, seq_len), pad, constant_values=fill)
 
     def key_values(x: Array) -> Array:
         return geometry.pad_to(x.transpose(0, 2, 1, 3).reshape(t.groups, t.kv_len, head), 1, keys)
@@ -134,8 +134,7 @@ def operands(
         "k": key_values(k),
         "v": key_values(v),
         "dout": queries(dout.astype(q.dtype)),
-        "lse": rows(lse.astype(jnp.float32) * geometry.LOG2_E, jnp.inf),
-        "delta": rows(delta.astype(jnp.float32), 0.0),
+        "rows": jnp.concatenate([rows(lse * geometry.LOG2_E, jnp.inf), rows(delta, 0.0)], 2),
     }
     if call.first_key:
         named["first_key"] = jnp.asarray(extras.first_key, jnp.int32).reshape(1)
@@ -188,9 +187,9 @@ def input_specs(call: Call, place) -> list[pl.BlockSpec]:
 
     q = at("q", (None, t.stack, t.block_q, t.head))
     kv = at("kv", (None, t.block_kv, t.head))
-    row = at("row", (None, t.stack, 1, t.block_q))
+    row = at("row", (None, t.stack, 2, t.block_q))
     ids = [at("q_ids", (None, 1, t.block_q)), at("kv_ids", (None, 1, t.block_kv))] if call.segments else []
-    return [q, kv, kv, q, row, row, *ids]
+    return [q, kv, kv, q, row, *ids]
 
 
 # ---- inside a kernel
@@ -306,10 +305,10 @@ def _gradients(call: Call, refs, group, j, delta, late: bool, head: _Head, rows,
         distance = lax.broadcasted_iota(jnp.int32, s.shape, 1) - lax.broadcasted_iota(jnp.int32, s.shape, 0)
         distance = (distance + (delta + rows[0] - columns[0])).astype(jnp.float32)
         s = s - refs.slopes[lax.rem(group, call.kv_heads) * t.stack + g] * distance
-    p = jnp.exp2(s - refs.lse[g, :, row])
+    p = jnp.exp2(s - refs.rows[g, :1, row])
     if masked or late:
         p = _hide(call, refs, j, rows, columns, (rows,) if late else masked, delta, late, p)
-    ds = p * (dp - refs.delta[g, :, row])
+    ds = p * (dp - refs.rows[g, 1:, row])
     if call.softcap is not None:
         ds = ds * (1.0 - capped * capped)
     p, ds = p.astype(call.dtype), ds.astype(call.dtype)
@@ -363,13 +362,16 @@ def _visible(call: Call, refs, j, rows, columns, delta, late: bool) -> Bool[Arra
 
 def first_query(t: Tiles, j):
     """First query block in the row of key block j."""
-    return jnp.maximum(t.first_q(j), 0)
+    return jnp.maximum(t.first_q(j), 0) if t.offset else t.first_q(j)
 
 
 def query_of_row(call: Call, b, j, u, scalars):
     """(query block, key block) to have in VMEM: a step with nothing to do keeps what is there, so that nothing moves."""
     t = call.tiles
-    i = jnp.clip(jnp.minimum(first_query(t, j) + u, t.last_q(j)), 0, t.num_q - 1)
+    i = first_query(t, j) + u
+    if t.offset:  # a row that begins before query 0 goes on beyond what the key block sees
+        i = jnp.clip(i, 0, t.last_q(j))
+    i = jnp.minimum(i, t.num_q - 1)
     if call.segments:
         kv = lax.div(b, call.kv_heads) * call.num_kv + j
         i = jnp.clip(i, scalars.q_from[kv], scalars.q_to[kv])
@@ -440,4 +442,3 @@ def unstack_keys(call: Call, dk: Array, batch: int) -> Float[Array, "B S K h"]:
     """dk or dv [B*K, Sp, h] -> [B, S, K, h]."""
     t = call.tiles
     return dk[:, : t.kv_len].reshape(batch, call.kv_heads, t.kv_len, t.head).transpose(0, 2, 1, 3)
-

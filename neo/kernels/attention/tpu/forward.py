@@ -104,7 +104,7 @@ def forward(
     (batch, seq_len, heads, head), (kv_len, kv_heads) = q.shape, k.shape[1:3]
     stack = heads // kv_heads
     if blocks is None:
-        blocks = forward_blocks(seq_len, kv_len, plan.window, head, stack, q.dtype)
+        blocks = forward_blocks(seq_len, plan.window, head, stack, wide=q.dtype == jnp.float32)
     tiles = Tiles(
         batch * kv_heads, stack, seq_len, kv_len, head, blocks.block_q, blocks.block_kv,
         plan.causal, plan.window, plan.offset,
@@ -437,12 +437,13 @@ def _accumulate(spec: _Kernel, refs: _Refs, heads, rows, columns, s: Float[Array
     refs.acc[at] = acc.reshape(*shape, head)
 
 
-def _inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """1 / x of positive finite numbers to fp32, by Newton's method from the unit's 8 bits: a division also looks for
-    infinities and subnormals, 14 vector operations against 7 on v5e.
+def _inverse(spec: _Kernel, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 / x of positive finite numbers to fp32. On v5 a division spends 14 vector operations, most of them on infinities
+    and subnormals; its one Newton step alone is 3. Interpreters take a coarser guess than the chip's: they divide.
     """
+    if not spec.blocks.newton or spec.plan.interpret:
+        return 1.0 / x
     guess = _reciprocal(x, approx=True)
-    guess = guess * (2.0 - x * guess)
     return guess * (2.0 - x * guess)
 
 
@@ -461,7 +462,7 @@ def _finish(spec: _Kernel, refs: _Refs) -> None:
             at = slice(start, start + LANES)
             high, total = refs.high[n, at], refs.total[n, at].sum(axis=1, keepdims=True)
             total = jnp.broadcast_to(total, high.shape)
-            factor, high_row = _inverse(total), row(high)
+            factor, high_row = _inverse(spec, total), row(high)
             lse = (high_row + jnp.log2(row(total))) * LN_2
             if may_be_empty:
                 factor = jnp.where(high < HIDDEN / 2, 0.0, factor)

@@ -39,6 +39,12 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def whole(n, size: int):
+    """n // size for n >= 0, an int or a traced one: `//` of a traced int is floor division, which asks Mosaic for the
+    sign and needs a known chip; quotients here are never negative."""
+    return n // size if isinstance(n, int) else lax.div(n, size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The static geometry of one local call. Hashable: one object is one compiled kernel.
@@ -98,7 +104,7 @@ class Tiles:
             return self.num_kv - 1 + i * 0
         if self.block_q % self.block_kv == 0:
             return i * (self.block_q // self.block_kv) + (self.offset + self.block_q - 1) // self.block_kv
-        return (i * self.block_q + (self.offset + self.block_q - 1)) // self.block_kv
+        return whole(i * self.block_q + (self.offset + self.block_q - 1), self.block_kv)
 
     def first_kv(self, i):
         """First key block that query block i sees; negative where the window begins before key 0."""
@@ -108,7 +114,7 @@ class Tiles:
             return i * (self.block_q // self.block_kv) + (self.offset - self.window + 1) // self.block_kv
         # floor division of a negative number: shift by whole blocks first, so that a traced one cannot be negative
         shift = -(-max(0, self.window - 1 - self.offset) // self.block_kv)
-        return (i * self.block_q + self.offset - self.window + 1 + shift * self.block_kv) // self.block_kv - shift
+        return whole(i * self.block_q + self.offset - self.window + 1 + shift * self.block_kv, self.block_kv) - shift
 
     @functools.cached_property
     def band(self) -> int:
@@ -138,7 +144,7 @@ class Tiles:
         if self.block_kv % self.block_q == 0:
             return j * (self.block_kv // self.block_q) - -(-self.offset // self.block_q)
         shift = -(-self.offset // self.block_q)
-        return (j * self.block_kv - self.offset + shift * self.block_q) // self.block_q - shift
+        return whole(j * self.block_kv - self.offset + shift * self.block_q, self.block_q) - shift
 
     def last_q(self, j):
         """Last query block that sees key block j; may be >= num_q."""
@@ -148,7 +154,7 @@ class Tiles:
         if self.block_kv % self.block_q == 0:
             return j * (self.block_kv // self.block_q) + reach // self.block_q
         shift = -(-max(0, -reach) // self.block_q)
-        return (j * self.block_kv + reach + shift * self.block_q) // self.block_q - shift
+        return whole(j * self.block_kv + reach + shift * self.block_q, self.block_q) - shift
 
     @functools.cached_property
     def key_band(self) -> int:
