@@ -380,6 +380,8 @@ class Worker:
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
         if library == "torch":
             environment["JAX_PLATFORMS"] = "cpu"
+        if dry:  # each warpgroup of Pallas' interpreter blocks a thread of XLA's pool, which has one a core
+            environment.setdefault("NPROC", "16")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(self, do: str, **more) -> dict:

@@ -29,7 +29,7 @@ from pathlib import Path
 DELAY, MOST_DELAY = 4, 6
 _COMMENT = re.compile(r"/\*(.*?)\*/", re.S)
 _MARK = re.compile(r"(Start/End empty|Start|End) region (\d+)")
-_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:[ >]*\{(.*)\}([^{}]*)$")
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:(?:LH|LB|LE|PB|PF|CT) *)?:[ >]*\{", re.M)
 _VMATMUL = re.compile(r"= vmatmul\.([\w.\[\]]+)")
 _MXU = re.compile(r"mxu(\d)")
 _BRANCH = re.compile(r"sbr\.rel(?: \((!?)%(p\w+)\))?,? target = \$region(\d+)")
@@ -149,27 +149,19 @@ class Dump:
 def read_bundles(text: str) -> tuple[list[tuple[str, ...]], tuple[Branch, ...]]:
     """Instructions of every bundle of a `final_bundles` dump, and its branches.
 
-    Comments go, but for two things that stand only there: names of a copy's operands (/*hbm=*/ becomes hbm=) and the
-    bundles at which numbered regions start."""
-
-    def keep(match: re.Match) -> str:
-        said = match[1]
-        if re.fullmatch(r"\w+=", said):
-            return said
-        marks = _MARK.findall(said)
-        return " ".join(f"@{'E' if kind == 'End' else 'S'}{number}" for kind, number in marks)
-
+    Comments go (they run over lines, and some hold another), but for two things that stand only there: names of a copy's
+    operands (/*hbm=*/ becomes hbm=) and the bundles at which numbered regions start and end."""
     bundles: list[tuple[str, ...]] = []
     marks: list[str] = []
     starts: dict[int, int] = {}
-    for line in _COMMENT.sub(keep, text).split("\n"):
-        match = _BUNDLE.match(line)
-        if not match:
-            continue
-        marks.append("".join(re.findall(r"@([SE])\d+", line)))
-        for number in re.findall(r"@S(\d+)", line):
-            starts.setdefault(int(number), len(bundles))
-        body = re.sub(r"@[SE]\d+", "", match[3])
+    for chunk in _BUNDLE.split(text)[1:]:
+        found = _MARK.findall(chunk)
+        for kind, number in found:
+            if kind != "End":
+                starts.setdefault(int(number), len(bundles))
+        marks.append("".join("E" if kind == "End" else "S" for kind, _ in found))
+        body = _COMMENT.sub(lambda match: match[1] if re.fullmatch(r"\w+=", match[1]) else "", chunk)
+        body = body[:body.rindex("}")]
         bundles.append(tuple(part.strip() for part in body.split(";;") if part.strip()))
     branches = []
     for i, instructions in enumerate(bundles):

@@ -7,7 +7,7 @@ For each chip, shape and direction one block size after the other is moved a ste
 until no step helps; a candidate's price is bench/attention_tpu_static.py's count of the kernel and of XLA's work around it.
 Among candidates within 1 % of the best the one that compiles fastest is taken, and none that takes more than 20 s of CPU.
 All counts are kept in bench/results/attention_tpu_blocks.json: a run that was interrupted goes on where it stopped. Rows go
-to neo/kernels/attention/tpu/blocks.csv. After a change of the kernels delete the JSON and run again: about an hour.
+to neo/kernels/attention/tpu/blocks.csv. After a change of the kernels delete the JSON and run again: some minutes a row.
 """
 
 from __future__ import annotations

@@ -109,6 +109,20 @@ def test_files_that_do_not_belong_together_are_refused():
         read_bundles("   0   : { %1 = sbr.rel target = $region9 }")
 
 
+def test_comments_may_run_over_lines_and_hold_another():
+    text = """  0   : { %1 = vsyncpa [#a], 0 } /* Start region 3 */
+ 0x1   : > { %2 = shalt.err (!%p1_p0) /* check of copy /*hbm=*/%s4, 64
+shape {1}
+ */ }
+ 0x2 PF: >> { %3 = sbr.rel (!%p1_p0) target = $region3  ;;  %4 = dma.x /*hbm=*/%s4_s4 /* base_bounds: (2, 4)
+ */ } /* End region 3 */
+"""
+    bundles, (branch,) = read_bundles(text)
+    assert [len(bundle) for bundle in bundles] == [1, 1, 2]
+    assert bundles[2][1] == "%4 = dma.x hbm=%s4_s4"
+    assert (branch.at, branch.target, branch.predicate, branch.negated, branch.delay) == (2, 0, "p1_p0", True, 4)
+
+
 HLO = """HloModule m
 
 %fused (p: f32[8]) -> f32[8] {

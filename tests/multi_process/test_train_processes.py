@@ -91,12 +91,14 @@ def test_two_processes_train_what_one_trains(together, tiny, tmp_path):
 
 def test_a_sequence_on_two_processes(together, tiny, tmp_path):
     """Each reads the rows of all sequences and places its half of their tokens; keys travel between the processes."""
-    ended = together(2, tmp_path / "two", train__steps=3, mesh__fsdp=1, mesh__context=2)
+    small = {"model__num_layers": 1, "model__windows": "(0,)", "train__steps": 3}
+    ended = together(2, tmp_path / "two", **small, mesh__fsdp=1, mesh__context=2)
     assert [code for code, *_ in ended] == [0, 0], ended
     assert "mesh context=2" in ended[0][2]
 
     from neo.train.runner import run
-    one = run(load(tiny, {"data.synthetic": True, "train.steps": 3}), tmp_path / "one")
+    fields = {"data.synthetic": True, **{name.replace("__", "."): value for name, value in small.items()}}
+    one = run(load(tiny, fields), tmp_path / "one")
     losses = [[record["train/loss"] for record in each.records() if "train/loss" in record]
               for each in (Run(tmp_path / "two"), one)]
     assert len(losses[0]) == 3

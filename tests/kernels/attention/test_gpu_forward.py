@@ -33,13 +33,16 @@ def arrays(T, *, S=None, heads=(2, 1), h=64, B=1, seed=0):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
 
 
-def attend(q, k, v, plan, extras=Extras()):
+NONE = Extras()
+
+
+def attend(q, k, v, plan, extras=NONE):
     """The kernel, with the races of barriers and copies looked for."""
     params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=8)
     return jax.jit(lambda *a: forward.forward(*a, dataclasses.replace(plan, interpret=params)))(q, k, v, extras)
 
 
-def check(q, k, v, plan, extras=Extras(), rows=slice(None), clean=None):
+def check(q, k, v, plan, extras=NONE, rows=slice(None), clean=None):
     """Both outputs within bf16's rounding of P and of the output, and no further than fp32 from lse."""
     out, lse = (np.asarray(x, np.float64) for x in attend(q, k, v, plan, extras))
     facts = {name: getattr(plan, name) for name in ("scale", "causal", "window", "softcap", "offset")}

@@ -1,8 +1,9 @@
 """dq, dk, dv of attention on Hopper, in two deterministic kernels whose loops both stop at the window.
 
 Seven products a pair of blocks (eight for head sizes over 128, see `backward_dkv.Config`) instead of the five of one kernel
-that adds dq up in device memory in whatever order blocks finish; in return every sum has one order, so that two runs agree bitwise, and no fp32 copy of dq exists. Neither kernel visits a
-pair of blocks that the window, the segments or `first_key` hide: work is O(T W).
+that adds dq up in device memory in whatever order blocks finish; in return every sum has one order, so that two runs agree
+bitwise, and no fp32 copy of dq exists. Neither kernel visits a pair of blocks that the window, the segments or `first_key`
+hide: work is O(T W).
 
 Compiled for H200 (ptxas: no spills) and interpreted with race detection; not run on hardware.
 """

@@ -104,17 +104,14 @@ class _Block:
             plgpu.set_max_registers(mosaic.PRODUCER_REGISTERS, action="decrease")
             self.produce()
 
-        if self.config.split == "rows":
-
-            @pl.when(self.wg < CONSUMERS)
-            def _():
+        @pl.when(self.wg < CONSUMERS)
+        def _():
+            plgpu.set_max_registers(mosaic.CONSUMER_REGISTERS, action="increase")
+            if self.config.split == "rows":
                 self.consume(part=self.wg, wants_dv=True, wants_dk=True)
-        else:
-            for consumer in range(CONSUMERS):
-
-                @pl.when(self.wg == consumer)
-                def _(consumer=consumer):
-                    self.consume(part=0, wants_dv=consumer == 0, wants_dk=consumer == 1)
+            else:
+                pl.when(self.wg == 0)(lambda: self.consume(part=0, wants_dv=True, wants_dk=False))
+                pl.when(self.wg == 1)(lambda: self.consume(part=0, wants_dv=False, wants_dk=True))
 
     def walk(self):
         """(blocks of queries to visit, steps). Made in each role anew: ptxas spills what is kept over the branches."""
@@ -155,7 +152,6 @@ class _Block:
 
     def consume(self, part, wants_dv: bool, wants_dk: bool):
         """dv and/or dk of 64 keys."""
-        plgpu.set_max_registers(mosaic.CONSUMER_REGISTERS, action="increase")
         scratch, spec = self.scratch, self.spec
         keys, values = scratch["k"].at[part], scratch["v"].at[part]
         first_row = self.block * self.config.block_kv + part * mosaic.ROWS

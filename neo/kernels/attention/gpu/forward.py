@@ -8,12 +8,16 @@ all but one of them.
 Step t of a consumer issues q k_t^T and p_(t-1) v_(t-1) to the tensor cores at once, waits for the first only, and does
 the softmax of t while the second runs. P never leaves the registers. The two consumers take turns issuing, so that one
 has its softmax while the other has the tensor cores (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, sections 3.1
-and 3.2). Blocks that need a mask come first (`backward_tiles.Walk`); the loop over the others has none in it.
+and 3.2). Blocks that need a mask come first (`backward_tiles.Walk`: left edge, diagonal, what segments cut); the others
+branch around it. One loop with that branch, since two loops hold more in registers and spill (ours, compiled: 4 to 212
+bytes at h = 128).
 
 Softmax in base 2: p = exp2(s c - m) with c = scale log2 e, one multiply-add and one exp2 a score.
 
-Compiled for H200 (ptxas 13.0.88: no spills; the loop over unmasked blocks is 480 instructions for 64 x 128 scores a
-warpgroup, of which 16 HGMMA, 64 MUFU) and interpreted with race detection; not run on hardware.
+Compiled for H200 (ptxas 13.0.88) without spills: at h = 128 a step over an unmasked block is 478 instructions for the
+64 x 128 scores of a warpgroup, among them 16 HGMMA, 66 MUFU, 64 FFMA, 64 FMNMX, 64 FADD and the 64 FMUL of the output's
+rescaling; a mask is 267 more. Between the wait for q k^T and the one for p v lies the whole softmax, and nothing writes a
+register that p v reads. Interpreted with race detection. Not run on hardware.
 """
 
 from __future__ import annotations
@@ -45,10 +49,11 @@ class Tile:
     stages: int
 
 
-# Ours, compiled (ptxas 13.0.88, 240 registers a consumer): the most keys a step that neither spill nor, twice over in K and
-# V, exceed 227 KiB. Blocks are multiples of 64 keys, the rows of one swizzled wgmma operand; more stages where they fit.
-#   h  64: 192 keys spill 180 bytes.  h 128: 192 keys spill, and leave no room for a second stage.
-#   h 192: 128 keys and two stages are 243 KiB.  h 256: 128 keys leave room for one stage.
+# Ours, compiled (ptxas 13.0.88, 240 registers a consumer): the most keys a step of which no feature spills. A block is a
+# multiple of 64 keys, the rows of one swizzled wgmma operand; then as many stages, two at least, as 227 KiB hold, up to 3.
+# Bytes spilled with more keys: h 64: 192 keys, 736 (segments, soft-cap, sinks). h 128: 192 keys, 1,864. h 192: 128 keys,
+# 760. h 256: 128 keys, 1,696. Not timed: the tiles of FlashAttention-3 (hopper/tile_size.h, windows: 128 x 128 at h 128,
+# 128 x 96 at 192, 128 x 64 at 256) are near.
 TILES = {64: Tile(128, 3), 128: Tile(128, 2), 192: Tile(64, 3), 256: Tile(64, 2)}
 # ALiBi beside segments, first_key, sinks or a soft-cap: the tile above spills 4 to 20 bytes.
 CROWDED = {128: Tile(64, 4)}

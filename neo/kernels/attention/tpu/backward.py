@@ -131,7 +131,7 @@ def one_pass_call(call: Call, scalars: tuple, inputs: tuple, vmem: int) -> tuple
         out_shape=[jax.ShapeDtypeStruct(s, call.dtype) for s in (q_shape, kv_shape, kv_shape)],
         compiler_params=tile.compiler_params(vmem),
         interpret=call.interpret,
-        name="attention_backward",
+        name="neo_attention_backward",
     )(*scalars, *inputs)
 
 

@@ -41,7 +41,7 @@ def _keys(call: Call, scalars: tuple, inputs: tuple, vmem: int) -> tuple[Array, 
         out_shape=[shape, shape],
         compiler_params=tile.compiler_params(vmem),
         interpret=call.interpret,
-        name="attention_backward_dkv",
+        name="neo_attention_backward_dkv",
     )(*scalars, *inputs)
 
 
@@ -75,7 +75,7 @@ def _queries(call: Call, scalars: tuple, inputs: tuple, vmem: int) -> Array:
         out_shape=jax.ShapeDtypeStruct((t.groups, t.stack, t.padded_seq_len, t.head), call.dtype),
         compiler_params=tile.compiler_params(vmem),
         interpret=call.interpret,
-        name="attention_backward_dq",
+        name="neo_attention_backward_dq",
     )(*scalars, *inputs)
 
 

@@ -49,6 +49,9 @@ QK = (((1,), (1,)), ((), ()))  # [m, h] x [n, h] -> [m, n]
 PV = (((1,), (0,)), ((), ()))  # [m, n] x [n, h] -> [m, h]
 
 
+Chunk = tuple[tuple[int, int], tuple[int, int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
     """The static facts of one compiled forward. Hashable."""
@@ -79,12 +82,20 @@ class _Kernel:
         """Whether the body that masks everything is needed."""
         return self.dynamic or self.tiles.hides_padded_keys
 
-    def chunks(self, edge: bool = False) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """(heads, rows) of each chunk of a query block, half-open ranges; in the tiles at an edge they are lower."""
-        heads, rows = self.blocks.chunk(self.tiles.stack, edge)
-        for row in range(0, self.tiles.block_q, rows):
+    def chunks(self, edge: bool = False, within: tuple[int, int] | None = None) -> Iterator[Chunk]:
+        """(heads, rows) of each chunk of (some rows of) a query block, half-open ranges; lower ones for edges."""
+        heads, length = self.blocks.chunk(self.tiles.stack, edge)
+        first, last = within or (0, self.tiles.block_q)
+        for row in range(first, last, length):
             for head in range(0, self.tiles.stack, heads):
-                yield (head, head + heads), (row, row + rows)
+                yield (head, head + heads), (row, min(row + length, last))
+
+    def edge_chunks(self, delta: int) -> Iterator[Chunk]:
+        """Those of a tile at an edge: rows that see all of it are taken as in any other tile."""
+        length = self.blocks.chunk(self.tiles.stack, edge=False)[1]
+        for row in range(0, self.tiles.block_q, length):
+            rows = row, row + length
+            yield from self.chunks(self.tiles.kind(delta, rows) != FULL, rows)
 
     def first_step(self, rows: tuple[int, int]) -> int:
         """The first u at which some of these rows see a key: there the softmax starts."""
@@ -343,7 +354,7 @@ def _tile(spec: _Kernel, refs: _Refs, group, delta, step: int | None, key_block)
     """
     tiles = spec.tiles
     jobs = []
-    for heads, rows in spec.chunks(edge=step is not None):
+    for heads, rows in spec.chunks() if step is None else spec.edge_chunks(delta):
         columns = (0, tiles.block_kv) if step is None else tiles.columns(delta, rows)
         if columns[0] < columns[1]:
             jobs.append((heads, rows, columns))
