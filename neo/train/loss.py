@@ -17,12 +17,12 @@ MAX_LOGITS = 1 << 26
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSums:
-    """Sums over the target tokens of each row: float32, [B] each, [N, B / N] while they are summed in N parts."""
+    """Sums over the target tokens of each row: [B] float32 each."""
 
-    loss: Float[Array, "*B"]      # cross-entropy, nats
-    z: Float[Array, "*B"]         # logsumexp(logits)^2
-    correct: Float[Array, "*B"]   # tokens whose target has the largest logit
-    tokens: Float[Array, "*B"]    # target tokens counted
+    loss: Float[Array, "B"]      # cross-entropy, nats
+    z: Float[Array, "B"]         # logsumexp(logits)^2
+    correct: Float[Array, "B"]   # tokens whose target has the largest logit
+    tokens: Float[Array, "B"]    # target tokens counted
 
 
 def chunk_length(seq_len: int, vocab_size: int) -> int:
@@ -31,7 +31,7 @@ def chunk_length(seq_len: int, vocab_size: int) -> int:
     return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and c <= limit)
 
 
-def token_sums(logits: Float[Array, "*B T V"], targets: Int[Array, "*B T"], mask: Float[Array, "*B T"]) -> RowSums:
+def token_sums(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]) -> RowSums:
     """RowSums of logits that are in memory."""
     peak = jax.lax.stop_gradient(logits.max(axis=-1))
     log_z = jnp.log(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)) + peak
@@ -51,32 +51,35 @@ def row_sums(decoder: Decoder, params: Params, batch: dict[str, Array], rope_bas
     hidden = decoder.hidden(params, batch["inputs"], batch["positions"], batch["segment_ids"], rope_base)
     kernel = layout.copies(decoder.head_kernel(params), ("embed", "vocab"), ("gathered", "vocab"))
     # Each device takes the chunks of the tokens that it has: of N parts, `along` of each sequence.
-    rows, parts, along = hidden.shape[0], kernel.shape[0], layout.split("sequence")
+    parts, along = kernel.shape[0], layout.split("sequence")
     local = hidden.shape[1] // along
     length = chunk_length(local, decoder.config.vocab_size)
 
     def by_part(x: Array) -> Array:
-        """[B, T, ...] -> [N, rows of a part, its tokens, ...]."""
+        """[B, T, ...] -> [B along, T / along, ...]: the parts of sequences as rows of their own, still where they were."""
+        if along == 1:
+            return x
         x = x.reshape(parts // along, -1, along, local, *x.shape[2:]).swapaxes(1, 2)
-        return layout.constrain(x.reshape(parts, -1, *x.shape[3:]), "shards", *(None,) * (x.ndim - 2))
+        return layout.constrain(x.reshape(-1, *x.shape[3:]), "shards", *(None,) * (x.ndim - 3))
 
     def chunk(hidden: Array, targets: Array, mask: Array) -> RowSums:
-        logits = jnp.einsum("nbtd,ndv->nbtv", hidden, kernel, preferred_element_type=jnp.float32)
-        logits = decoder.finish_logits(layout.constrain(logits, "shards", None, None, "vocab"))
+        rows = hidden.shape[0]
+        logits = jnp.einsum("nbtd,ndv->nbtv", hidden.reshape(parts, -1, *hidden.shape[1:]), kernel,
+                            preferred_element_type=jnp.float32).reshape(rows, hidden.shape[1], -1)
+        logits = decoder.finish_logits(layout.constrain(logits, "shards", None, "vocab"))
         return token_sums(logits, targets, mask)
 
     def whole_rows(x: Array) -> Array:
-        return x.reshape(parts // along, along, -1).sum(1).reshape(rows)
+        return x if along == 1 else x.reshape(parts // along, along, -1).sum(1).reshape(-1)
 
     arrays = tuple(map(by_part, (hidden, batch["targets"], batch["loss_mask"])))
     if length == local:
         return jax.tree.map(whole_rows, chunk(*arrays))
 
     def split(x: Array) -> Array:
-        x = x.reshape(*x.shape[:2], local // length, length, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0)
+        return x.reshape(x.shape[0], local // length, length, *x.shape[2:]).swapaxes(0, 1)
 
     step = jax.checkpoint(lambda total, x: (jax.tree.map(jnp.add, total, chunk(*x)), None), prevent_cse=False)
-    zero = jnp.zeros(arrays[0].shape[:2], jnp.float32)
+    zero = jnp.zeros(arrays[0].shape[:1], jnp.float32)
     sums, _ = jax.lax.scan(step, RowSums(zero, zero, zero, zero), tuple(map(split, arrays)))
     return jax.tree.map(whole_rows, sums)

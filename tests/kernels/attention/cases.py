@@ -78,8 +78,9 @@ class Arrays(NamedTuple):
 
 
 # How the logits are spread (standard deviation of scale * q k^T) and what else is hard about the inputs: "normal";
-# "tails": Student's t with 3 degrees of freedom, single entries 20 standard deviations out; "peak": one query row 40
-# times as large, one channel of the keys with a large mean, as the outlier channels of trained models.
+# "tails": Student's t with 3 degrees of freedom, single entries 20 standard deviations out; "peak": a channel of the keys
+# that grows with the position, as outlier channels of trained models are large, and one query row that is 40 times as
+# large and looks at that channel: its largest logit, some hundreds, moves with every block.
 REGIMES = ((1.0, "normal"), (30.0, "tails"), (0.1, "tails"), (8.0, "normal"), (1.0, "peak"))
 
 
@@ -97,8 +98,10 @@ def draw(case: Case, seed: int = 0, spread: float = 1.0, kind: str = "normal") -
     q = values(B, T, H, h) * spread / (case.multiplier * h**0.5)
     k, v, dout = values(B, S, K, h), values(B, S, K, h), values(B, T, H, h)
     if kind == "peak":
-        q[:, rng.integers(T)] *= 40
-        k[..., rng.integers(h)] += 5
+        row, channel = T - 1 - rng.integers(min(T, 4)), rng.integers(h)
+        q[:, row] *= 40
+        q[:, row, :, channel] = np.abs(q[:, row, :, channel]) + 40
+        k[..., channel] += np.linspace(0, 50, S)[:, None]
     some: dict[str, Any] = {}
     if case.segments:
         some["segment_ids"], some["kv_segment_ids"] = segments(case, rng)

@@ -221,7 +221,7 @@ def test_lists_hold_every_pair_that_can_meet_and_no_other(stationary, window):
 @pytest.mark.parametrize("h", sorted(TILES))
 def test_shared_memory_of_the_tiles(h):
     """What the scratch of `_entry` adds up to, in bytes; barriers are 8 bytes each."""
-    for chosen in (tiles_for(h), tiles_for(h, softcap_and_slopes=True)):
+    for chosen in (tiles_for(h), tiles_for(h, crowded=True)):
         dq, dkv = chosen.dq, chosen.dkv
         assert 2 * h * (2 * dq.block_q + dq.slots * dq.block_kv) + 8 * 64 <= mosaic.SMEM_BYTES
         rows = 2 * 4 * dkv.slots * dkv.block_q

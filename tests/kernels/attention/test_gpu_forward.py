@@ -36,15 +36,15 @@ def arrays(T, *, S=None, heads=(2, 1), h=64, B=1, seed=0):
 NONE = Extras()
 
 
-def attend(q, k, v, plan, extras=NONE):
+def attend(q, k, v, plan, extras=NONE, tile=None):
     """The kernel, with the races of barriers and copies looked for."""
     params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=8)
-    return jax.jit(lambda *a: forward.forward(*a, dataclasses.replace(plan, interpret=params)))(q, k, v, extras)
+    return jax.jit(lambda *a: forward.forward(*a, dataclasses.replace(plan, interpret=params), tile))(q, k, v, extras)
 
 
-def check(q, k, v, plan, extras=NONE, rows=slice(None), clean=None):
+def check(q, k, v, plan, extras=NONE, rows=slice(None), clean=None, tile=None):
     """Both outputs within bf16's rounding of P and of the output, and no further than fp32 from lse."""
-    out, lse = (np.asarray(x, np.float64) for x in attend(q, k, v, plan, extras))
+    out, lse = (np.asarray(x, np.float64) for x in attend(q, k, v, plan, extras, tile))
     facts = {name: getattr(plan, name) for name in ("scale", "causal", "window", "softcap", "offset")}
     given = {name: None if x is None else np.asarray(x) for name, x in extras._asdict().items()}
     want = oracle.attention(*(np.asarray(x, np.float64) for x in (q, *(clean or (k, v)))), **facts, **given)
@@ -59,6 +59,13 @@ def check(q, k, v, plan, extras=NONE, rows=slice(None), clean=None):
 def test_windows_at_the_borders_of_blocks(window):
     """One key, a whole block, one more; a length of no whole blocks (nor tiles of 8 rows), two heads to a kv head."""
     check(*arrays(261), Plan(SCALE, window=window))
+
+
+@interpreted
+def test_the_ring_goes_round():
+    """Six steps over two slots, with ids that travel beside the keys."""
+    ids = jnp.asarray(np.arange(384)[None] // 250, jnp.int32)
+    check(*arrays(384, heads=(1, 1)), Plan(SCALE), Extras(ids, ids), tile=forward.Tile(64, 2))
 
 
 @interpreted

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -133,9 +134,11 @@ SUBJECTS = [
     Subject("blockwise", 16, blockwise, reads=bands_read),
     Subject("pallas_tpu", 128, pallas_tpu, interpret=True, bases=(np.e, 2.0), quick=(2, 3, 4, 6, 7, 8, 9, 12)),
 ]
-if hasattr(plgpu, "InterpretGPUParams"):  # that of JAX 0.10 has no rule for what these kernels do
-    races = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=4)
-    SUBJECTS.append(Subject("pallas_gpu", 128, pallas_gpu, interpret=races, quick=(12, 14), regimes=1, dtypes=("bfloat16",)))
+# The interpreter of JAX 0.10 has no rule for what these kernels do. That of 0.12 blocks one of XLA's threads for each
+# warpgroup and copy in flight: with too few (NPROC, else one a core) it stops for ever.
+if hasattr(plgpu, "InterpretGPUParams") and int(os.environ.get("NPROC", os.cpu_count() or 1)) >= 8:
+    plainly = plgpu.InterpretGPUParams(num_tma_threads_per_device=4)
+    SUBJECTS.append(Subject("pallas_gpu", 128, pallas_gpu, interpret=plainly, quick=(14,), regimes=1, dtypes=("bfloat16",)))
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
 
 
@@ -310,6 +313,31 @@ def test_any_call_of_many(subject):
     sweep(subject, 60)
 
 
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Every matrix product in a jaxpr and the jaxprs in it, those of Pallas kernels too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@every(fp32=True)
+def test_fp32_products_are_asked_for_in_fp32(subject):
+    """By default a TPU rounds the operands of a product to bf16, a GPU to TF32; no test on a CPU would see it."""
+    case = Case(subject.b, 5, softcap=2.0, segments="packed", sinks=True)
+    arrays, attend = draw(case), subject.attend(case)
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+
+    def loss(q, k, v):
+        return sum(x.sum() for x in attend(q, k, v, arrays.extras))
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*arrays[:3]).jaxpr))
+    assert len(found) >= 5 and all(x.params["precision"] == highest for x in found)
+
+
 # ---- what must not be seen
 
 
@@ -401,7 +429,7 @@ def test_rows_that_see_nothing(subject, case):
         got = run(subject, case, arrays)
         assert not got["out"][:, strangers].any() and not got["dq"][:, strangers].any()
         lse = by_row(got["lse"])[:, strangers]
-        np.testing.assert_allclose(lse, np.broadcast_to(arrays.sinks if case.sinks else -np.inf, lse.shape), rtol=1e-6)
+        np.testing.assert_allclose(lse, np.broadcast_to(arrays.sinks if case.sinks else -np.inf, lse.shape), rtol=1e-5)
         assert max(judge(case, arrays, got, subject.bases).values()) <= 1
         if strangers == slice(None):
             assert not got["dk"].any() and not got["dv"].any()
@@ -499,22 +527,22 @@ def test_remat_policies_find_out_and_lse(subject):
     """With both kept the backward does not run the forward again: its jaxpr is smaller by one forward."""
     if subject.make is None:
         pytest.skip("the dense form recomputes")
-    case = Case(2 * subject.b, subject.b, heads=(4, 2))
-    arrays, calls_of = draw(case, 14), []
-    counted = dataclasses.replace(
-        subject.kernel, forward=lambda *a: calls_of.append("forward") or subject.kernel.forward(*a)
-    )
+    case = subject.can(Case(2 * subject.b, subject.b, heads=(4, 2)))
+    arrays, attend = draw(case, 14), subject.attend(case)
 
-    def loss(q, k, v):
-        return counted.attend(q, k, v, Extras(), case.plan(subject.interpret))[0].sum()
+    def length(policy):
+        def loss(q, k, v):
+            return attend(q, k, v, Extras())[0].sum()
 
-    def size(policy):
-        jaxpr = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy, prevent_cse=False), (0, 1, 2)))
-        return len(jax.tree.leaves(jaxpr(*arrays[:3]).jaxpr.eqns)), str(jaxpr(*arrays[:3])).count(" = ")
+        gradient = jax.grad(jax.checkpoint(loss, policy=policy, prevent_cse=False), (0, 1, 2))
+        return str(jax.make_jaxpr(gradient)(*arrays[:3])).count(" = ")
 
-    kept = size(checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME))
-    again = size(checkpoint_policies.nothing_saveable)
-    assert kept[1] < again[1]
+    def forward(q, k, v):
+        return attend(q, k, v, Extras())
+
+    once = str(jax.make_jaxpr(forward)(*arrays[:3])).count(" = ")
+    kept = length(checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME))
+    assert length(checkpoint_policies.nothing_saveable) - kept > 0.8 * once
 
 
 @every(slow=lambda subject: subject.regimes == 1)

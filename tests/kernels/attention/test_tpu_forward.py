@@ -126,11 +126,11 @@ def test_sinks_slopes_and_softcap():
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_races(segments):
-    ids = jnp.asarray(packed(np.random.default_rng(1), 2, 384, 4))
+    ids = jnp.asarray(packed(np.random.default_rng(1), 2, 256, 3))
     extras = Extras(segment_ids=ids, kv_segment_ids=ids) if segments else NOTHING
-    q, k, v = inputs(384, 384, B=2, heads=2, kv_heads=1, h=32)
-    out, lse = run(q, k, v, SQUARE, extras, RACES, window=200)
-    plain = run(q, k, v, SQUARE, extras, window=200)
+    q, k, v = inputs(256, 256, B=2, heads=2, kv_heads=1, h=32)
+    out, lse = run(q, k, v, SQUARE, extras, RACES, window=140)
+    plain = run(q, k, v, SQUARE, extras, window=140)
     np.testing.assert_array_equal(out, plain[0])
     np.testing.assert_array_equal(lse, plain[1])
 

@@ -43,10 +43,11 @@ TILES = {
 }
 
 
-def tiles_for(h: int, softcap_and_slopes: bool = False) -> Tiles:
-    """The tiles of a head size. A soft-cap and ALiBi together leave no registers for both dk and dv at h = 128."""
+def tiles_for(h: int, crowded: bool = False) -> Tiles:
+    """The tiles of a head size. crowded: a soft-cap together with ALiBi, segments or a first key, which at h = 128 leave no
+    registers for both dk and dv (32 bytes of spills with segments)."""
     chosen = TILES[mosaic.padded_head_size(h)]
-    if softcap_and_slopes and chosen.dkv.split == "rows":
+    if crowded and mosaic.padded_head_size(h) == 128:
         return dataclasses.replace(chosen, dkv=dataclasses.replace(chosen.dkv, split="gradients"))
     return chosen
 
@@ -65,7 +66,8 @@ def backward(
     """(dq, dk, dv), as `kernel.Kernel.backward` says. bf16 arrays. chosen: tiles to use instead of `TILES`."""
     (batch, seq_len, heads, h), (kv_len, kv_heads) = q.shape, k.shape[1:3]
     padded_h = mosaic.padded_head_size(h)
-    chosen = chosen or tiles_for(h, plan.softcap is not None and extras.slopes is not None)
+    more = (extras.slopes, extras.segment_ids, extras.first_key)
+    chosen = chosen or tiles_for(h, plan.softcap is not None and any(x is not None for x in more))
     rows, columns = (-x % 128 for x in (seq_len, kv_len))  # every block divides 128
     q, dout = (_pad(x, rows, padded_h - h) for x in (q, dout.astype(q.dtype)))
     k, v = (_pad(x, columns, padded_h - h) for x in (k, v))
@@ -111,7 +113,8 @@ def _pad(x: Array, rows: int, columns: int) -> Array:
 class Shipped:
     """One head size with one set of features, as it is compiled for hardware: what the tests lower and compile.
 
-    features: "window", "full", "segments", "alibi", "softcap", "all of them", "not causal".
+    features: "window", "full", "segments", "alibi", "softcap", "packed softcap" (segments too), "all of them" (and
+        first_key), "not causal".
     """
 
     head_size: int
@@ -123,12 +126,12 @@ class Shipped:
     def lower(self, sharding: jax.sharding.Sharding | None = None) -> jax.stages.Lowered:
         """Both kernels at T = 1024, 4/2 heads; for CUDA, or for the devices of `sharding`."""
         batch, seq_len, heads, kv_heads, h = 1, 1024, 4, 2, self.head_size
-        everything = self.features == "all of them"
+        everything, packed = self.features == "all of them", self.features == "packed softcap"
         plan = Plan(
             scale=h**-0.5,
             causal=self.features != "not causal",
             window=None if self.features in ("full", "not causal") else 300,
-            softcap=50.0 if everything or self.features == "softcap" else None,
+            softcap=50.0 if everything or packed or self.features == "softcap" else None,
         )
 
         def array(dtype, *shape):
@@ -136,7 +139,7 @@ class Shipped:
 
         q, k = array(jnp.bfloat16, batch, seq_len, heads, h), array(jnp.bfloat16, batch, seq_len, kv_heads, h)
         rows, ids = array(jnp.float32, batch, heads, seq_len), array(jnp.int32, batch, seq_len)
-        segments, alibi = everything or self.features == "segments", everything or self.features == "alibi"
+        segments, alibi = everything or packed or self.features == "segments", everything or self.features == "alibi"
         extras = Extras(
             segment_ids=ids if segments else None,
             kv_segment_ids=ids if segments else None,
@@ -148,5 +151,5 @@ class Shipped:
         return function.lower(*arguments) if sharding else function.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-FEATURES = ("window", "full", "segments", "alibi", "softcap", "all of them", "not causal")
+FEATURES = ("window", "full", "segments", "alibi", "softcap", "packed softcap", "all of them", "not causal")
 SHIPPED = tuple(Shipped(h, features) for h in TILES for features in FEATURES)
