@@ -65,6 +65,11 @@ def test_wide_operands_take_half_tiles(rows):
 
 def test_default_chip_and_unknown_names():
     assert blocks.chip() in blocks.VMEM
+    for kind, name in {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}.items():
+        assert blocks.chip(kind) == name
+    assert blocks.chip("cpu") == blocks.chip()
+    with_turned = [blocks.backward_blocks(8192, 4096, 128, 4, device_kind=kind).turned for kind in ("TPU v5", "TPU v6 lite")]
+    assert with_turned == [False, True]
     with blocks.for_chip("v6e"):
         assert blocks.chip() == "v6e"
     with pytest.raises(InputError, match="unknown TPU 'v6'.*known: v5e"), blocks.for_chip("v6"):

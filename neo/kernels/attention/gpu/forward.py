@@ -43,10 +43,11 @@ BLOCK_Q = CONSUMERS * ROWS
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """block_kv keys a step, `stages` blocks of K and as many of V in flight."""
+    """block_kv keys a step, `stages` blocks of K and as many of V in flight. overlap: the softmax beside p v."""
 
     block_kv: int
     stages: int
+    overlap: bool = True
 
 
 # Ours, compiled (ptxas 13.0.88, 240 registers a consumer): the most keys a step of which no feature spills. A block is a
@@ -55,8 +56,8 @@ class Tile:
 # 760. h 256: 128 keys, 1,696. Not timed: the tiles of FlashAttention-3 (hopper/tile_size.h, windows: 128 x 128 at h 128,
 # 128 x 96 at 192, 128 x 64 at 256) are near.
 TILES = {64: Tile(128, 3), 128: Tile(128, 2), 192: Tile(64, 3), 256: Tile(64, 2)}
-# ALiBi beside segments, first_key, sinks or a soft-cap: the tile above spills 4 to 20 bytes.
-CROWDED = {128: Tile(64, 4)}
+# ALiBi beside segments, first_key, sinks or a soft-cap: the tiles above spill 4 to 36 bytes.
+CROWDED = {64: Tile(64, 4), 128: Tile(64, 4), 256: Tile(64, 2, overlap=False)}
 
 
 def choose_tile(h: int, extras: Extras, plan: Plan) -> Tile:
@@ -290,7 +291,9 @@ class _Block:
         shapes = (((ROWS, self.tile.block_kv), ACCUMULATOR),) + (((ROWS,), ROW_VECTOR),) * 3
         keys, values = refs["k_ring"].at[slot], refs["v_ring"].at[before]
         q = refs["q_block"].at[self.wg]
-        acc, (p, m, total, shrink) = mosaic.two_products(acc, p, values, q, keys.T, between, shapes, self.plan.interpret)
+        acc, (p, m, total, shrink) = mosaic.two_products(
+            acc, p, values, q, keys.T, between, shapes, self.plan.interpret, self.tile.overlap
+        )
         plgpu.barrier_arrive(refs["v_free"].at[before])
         return acc * mosaic.rows(shrink, acc), p.astype(self.dtype), m, total
 
@@ -382,6 +385,7 @@ class _Block:
             seen.append(rest >= (refs["first_key"][0] - first_key) - own)
         if "kv_ids" in refs:
             kv_ids = mosaic.load(refs["ids_ring"].at[self.slot(step)], mosaic.COLUMN_VECTOR)
+            plgpu.commit_smem()  # this read comes before the next write of TMA
             seen.append(mosaic.rows(self.q_ids, x) == mosaic.columns(kv_ids, x))
         return jnp.where(functools.reduce(jnp.logical_and, seen), x, MASKED) if seen else x
 

@@ -150,19 +150,19 @@ def accumulate(acc: Float[Array, "64 n"], a: jax.Array, b, interpret: object) ->
 
 
 def two_products(
-    acc: Float[Array, "64 n"], p: jax.Array, v, q, k, between: Callable, shapes: tuple, interpret: object
+    acc: Float[Array, "64 n"], p: jax.Array, v, q, k, between: Callable, shapes: tuple, interpret: object, overlap: bool = True
 ) -> tuple[Float[Array, "64 n"], tuple[jax.Array, ...]]:
     """(acc + p @ v, between(scores)), where `between` runs while the tensor cores work.
 
     scores() waits for q @ k, and for that only: p @ v, issued behind it, is still in flight. p in registers; q, k, v
     blocks of shared memory. shapes: of what `between` returns, as (shape, layout) pairs, fp32. `between` has to end with a
     barrier wait or a branch: ptxas moves the wait for p @ v up to the last of these, and the arithmetic behind it (seen in
-    the SASS of ptxas 12.9, 13.0 and 13.4).
+    the SASS of ptxas 12.9, 13.0 and 13.4). overlap=False: one after the other, which holds p no longer than its product.
     """
-    if interpret:
+    if interpret or not overlap:
+        acc = accumulate(acc, p, v, interpret)
         scores = product(q, k, (p.shape[0], k.shape[1]))
-        results = between(lambda: scores)
-        return accumulate(acc, p, v, interpret), results
+        return acc, between(lambda: scores)
 
     def body(refs):
         acc_ref, score_ref, *result_refs = refs

@@ -45,7 +45,8 @@ def backward(
     """
     if blocks is None:
         stack = q.shape[2] // k.shape[2]
-        blocks = backward_blocks(q.shape[1], plan.window, q.shape[3], stack, wide=q.dtype == jnp.float32)
+        wide = q.dtype == jnp.float32
+        blocks = backward_blocks(q.shape[1], plan.window, q.shape[3], stack, wide, plan.device_kind)
     call = make_call(q, k, extras, plan, blocks)
     scalars, inputs = tile.operands(call, q, k, v, lse, delta, dout, extras)
     if one_pass is None:

@@ -95,15 +95,16 @@ def for_chip(name: str) -> Iterator[None]:
         _chip.reset(token)
 
 
-def chip() -> str:
-    """The chip to choose blocks for: `for_chip`'s, else that of the mesh in use, else that of the first device, else v5e."""
+def chip(device_kind: str = "") -> str:
+    """The chip to choose blocks for: `for_chip`'s, else the one that is named, else that of the first device, else v5e.
+
+    device_kind: as JAX names devices, "TPU v5 lite"; "" or that of another platform: not known.
+    """
     if (named := _chip.get()) is not None:
         return named
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = getattr(device, "device_kind", None)
-    if not str(kind).startswith("TPU"):
-        kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "TPU v5e"
-    return CHIPS.get(kind.removeprefix("TPU").strip(), "v5e")
+    if not device_kind.startswith("TPU"):
+        device_kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "TPU v5e"
+    return CHIPS.get(device_kind.removeprefix("TPU").strip(), "v5e")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,10 @@ def table(path: Path = TABLE) -> tuple[Row, ...]:
         )
 
 
-def _nearest_row(direction: str, seq_len: int, window: int | None, head: int, stack: int) -> Row | None:
+def _nearest_row(name: str, direction: str, seq_len: int, window: int | None, head: int, stack: int) -> Row | None:
     rows = [row for row in table() if row.direction == direction]
-    for name in (chip(), SIBLINGS[chip()]):
-        if here := [row for row in rows if row.chip == name]:
+    for known in (name, SIBLINGS[name]):
+        if here := [row for row in rows if row.chip == known]:
             return min(here, key=lambda row: row.distance(seq_len, window, head, stack))
     return None
 
@@ -182,18 +183,29 @@ def _fit(blocks: Blocks, row_stack: int, seq_len: int, stack: int, wide: bool) -
     return dataclasses.replace(blocks, block_q=block_q, block_kv=min(block_q, block_kv))
 
 
-def _blocks(kind: type[Blocks], direction: str, most_vmem: int, seq_len, window, head, stack, wide) -> Blocks:
-    row = _nearest_row(direction, seq_len, window, head, stack)
+def _blocks(
+    kind: type[Blocks], direction: str, most_vmem: int, name: str, seq_len: int, window: int | None, head: int, stack: int,
+    wide: bool,
+) -> Blocks:  # fmt: skip
+    row = _nearest_row(name, direction, seq_len, window, head, stack)
     blocks = kind() if row is None else _parse(kind, row.blocks)
     blocks = _fit(blocks, row.stack if row else 4, seq_len, stack, wide)
-    return dataclasses.replace(blocks, vmem=min(most_vmem, int(VMEM_SHARE * VMEM[chip()])))
+    return dataclasses.replace(blocks, vmem=min(most_vmem, int(VMEM_SHARE * VMEM[name])))
 
 
-def forward_blocks(seq_len: int, window: int | None, head: int, stack: int, wide: bool = False) -> ForwardBlocks:
-    """Blocks for T queries, W (None: all earlier keys), h, G = H / K, on `chip()`. wide: fp32 operands."""
-    return _blocks(ForwardBlocks, "forward", ForwardBlocks.vmem, seq_len, window, head, stack, wide)
+def forward_blocks(
+    seq_len: int, window: int | None, head: int, stack: int, wide: bool = False, device_kind: str = ""
+) -> ForwardBlocks:
+    """Blocks for T queries, W (None: all earlier keys), h, G = H / K, on `chip(device_kind)`. wide: fp32 operands."""
+    return _blocks(
+        ForwardBlocks, "forward", ForwardBlocks.vmem, chip(device_kind), seq_len, window, head, stack, wide
+    )
 
 
-def backward_blocks(seq_len: int, window: int | None, head: int, stack: int, wide: bool = False) -> BackwardBlocks:
+def backward_blocks(
+    seq_len: int, window: int | None, head: int, stack: int, wide: bool = False, device_kind: str = ""
+) -> BackwardBlocks:
     """The same for the backward."""
-    return _blocks(BackwardBlocks, "backward", BackwardBlocks.vmem, seq_len, window, head, stack, wide)
+    return _blocks(
+        BackwardBlocks, "backward", BackwardBlocks.vmem, chip(device_kind), seq_len, window, head, stack, wide
+    )

@@ -115,7 +115,7 @@ def forward(
     (batch, seq_len, heads, head), (kv_len, kv_heads) = q.shape, k.shape[1:3]
     stack = heads // kv_heads
     if blocks is None:
-        blocks = forward_blocks(seq_len, plan.window, head, stack, wide=q.dtype == jnp.float32)
+        blocks = forward_blocks(seq_len, plan.window, head, stack, q.dtype == jnp.float32, plan.device_kind)
     tiles = Tiles(
         batch * kv_heads, stack, seq_len, kv_len, head, blocks.block_q, blocks.block_kv,
         plan.causal, plan.window, plan.offset,
