@@ -122,17 +122,20 @@ def test_a_block_of_queries_that_sees_nothing(sinks):
 
 @interpreted
 def test_soft_cap_alibi_sinks_offset_and_first_key_together():
-    """With large logits, which the cap holds; twice, and bitwise the same."""
-    q, k, v = arrays(200, S=300, heads=(4, 2))
+    """With large logits, which the cap holds."""
+    q, k, v = arrays(140, S=240, heads=(4, 2))
     q = q * 8
-    extras = Extras(
-        slopes=jnp.array([0.5, 0.1, 0.02, 0.004]), sinks=jnp.array([1.0, -2.0, 20.0, -200.0]), first_key=jnp.int32(93)
-    )
+    slopes, sinks = jnp.array([0.5, 0.1, 0.02, 0.004]), jnp.array([1.0, -2.0, 20.0, -200.0])
+    extras = Extras(slopes=slopes, sinks=sinks, first_key=jnp.int32(93))
     plan = Plan(SCALE, window=150, softcap=20.0, offset=100)
-    out, lse = check(q, k, v, plan, extras)
-    again = attend(q, k, v, plan, extras)
-    np.testing.assert_array_equal(out, np.asarray(again[0], np.float64))
-    np.testing.assert_array_equal(lse, np.asarray(again[1], np.float64))
+    check(q, k, v, plan, extras)
+
+
+@interpreted
+def test_two_runs_agree_bitwise():
+    arguments = (*arrays(200), Plan(SCALE, window=100))
+    for once, again in zip(attend(*arguments), attend(*arguments), strict=True):
+        np.testing.assert_array_equal(np.asarray(once, np.float32), np.asarray(again, np.float32))
 
 
 @interpreted
