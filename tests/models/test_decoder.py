@@ -53,7 +53,7 @@ def unrolled(decoder, params, tokens):
     x = params["embed"]["table"][tokens]
     for i, window in enumerate(config.layer_windows):
         block = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], params["layers"]))
-        x = block(x, rotation, lambda q, k, v, w=window: attention(q, k, v, mask=Mask(window=w), implementation="dense"))
+        x = block(x, rotation, lambda q, k, v, _, w=window: attention(q, k, v, mask=Mask(window=w), implementation="dense"))
     x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * params["final_norm"]["scale"]
     return x @ params["head"]["kernel"]
 

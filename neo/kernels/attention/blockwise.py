@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from neo.kernels.attention.kernel import Extras, Kernel, Plan, Request
-from neo.kernels.attention.spec import Mask, visible
+from neo.kernels.attention.spec import Mask, full_precision, visible
 
 # Ours: without a window, G groups cover 1 + 1/G of the useful scores, and each is two more loops to compile (0.5 s on a
 # CPU core): 4 up to 2,048 tokens, 8 from 4,096 on.
@@ -97,7 +97,7 @@ class _Problem:
     def scores(self, qi: Array, kb: Array, index: Array, start: Array) -> tuple[Array, Array | None]:
         """Capped and biased fp32 scores of a block, [B, K, G, block, band], and the tanh of its soft-cap, None without."""
         band, block, softcap = kb.shape[1], self.bands.block, self.plan.softcap
-        s = jnp.einsum("nrh,nth->nrt", qi, kb, preferred_element_type=jnp.float32) * self.plan.scale
+        s = _product("nrh,nth->nrt", qi, kb) * self.plan.scale
         s = s.reshape(*self.dims, -1, block, band)
         tanh = None
         if softcap is not None:
@@ -157,7 +157,7 @@ def forward(
         if sinks is not None:
             total = total + jnp.exp(sinks - top)
         share = 1.0 / jnp.where(total == 0.0, 1.0, total)
-        o = jnp.einsum("nrt,nth->nrh", _rows(p).astype(vb.dtype), vb, preferred_element_type=jnp.float32) * _rows(share)
+        o = _product("nrt,nth->nrh", _rows(p).astype(vb.dtype), vb) * _rows(share)
         return None, (o.astype(q.dtype), _rows(top + jnp.log(total)))
 
     parts = []
@@ -184,14 +184,14 @@ def backward(
         s, tanh = problem.scores(qi, kb, index, start)
         wide = (*dims, -1, bands.block, 1)
         p = jnp.where(problem.seen(index, start, band), jnp.exp(s - lse_i.reshape(wide)), 0.0)
-        dp = jnp.einsum("nrh,nth->nrt", di, vb, preferred_element_type=jnp.float32).reshape(p.shape)
+        dp = _product("nrh,nth->nrt", di, vb).reshape(p.shape)
         ds = p * (dp - delta_i.reshape(wide))
         if tanh is not None:
             ds = ds * (1.0 - tanh * tanh)
         ds = _rows(ds).astype(kb.dtype)
-        dv = jnp.einsum("nrt,nrh->nth", _rows(p).astype(vb.dtype), di, preferred_element_type=jnp.float32)
-        dk = jnp.einsum("nrt,nrh->nth", ds, qi, preferred_element_type=jnp.float32)
-        dq = jnp.einsum("nrt,nth->nrh", ds, kb, preferred_element_type=jnp.float32) * plan.scale
+        dv = _product("nrt,nrh->nth", _rows(p).astype(vb.dtype), di)
+        dk = _product("nrt,nrh->nth", ds, qi)
+        dq = _product("nrt,nth->nrh", ds, kb) * plan.scale
 
         def add(a, b):
             return jax.lax.dynamic_update_slice_in_dim(a, _cut(a, start, band) + b, start, axis=1)
@@ -239,6 +239,10 @@ def _prepare(
     bands = Bands(block, T + pad, S + more_keys, plan.offset, plan.window, plan.causal)
     problem = _Problem(plan, bands, (B, K), _keys(k), _keys(v), extras)
     return problem, [_blocks(x, K, block) for x in rows]
+
+
+def _product(letters: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(letters, a, b, precision=full_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _pad(x: Array, more: int) -> Array:

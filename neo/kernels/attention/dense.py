@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from neo.kernels.attention.spec import Mask, distance_bias, visible
+from neo.kernels.attention.spec import Mask, distance_bias, full_precision, visible
 
 
 def dense(
@@ -35,7 +37,8 @@ def dense(
     # The G query heads of one key head are more rows of its matmul: no repeated keys, and none of the 5-D grouped
     # einsums that are slow on XLA:CPU.
     rows = q.reshape(B, T, K, G, h).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
-    scores = jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32) * scale
+    product = functools.partial(jnp.einsum, precision=full_precision(q.dtype), preferred_element_type=jnp.float32)
+    scores = product("bkrh,bskh->bkrs", rows, k) * scale
     scores = scores.reshape(B, K, G, T, S)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -59,7 +62,7 @@ def dense(
     safe = jnp.where(some, total, 1.0)
     p = (p / safe).astype(v.dtype)
 
-    out = jnp.einsum("bkrs,bskh->bkrh", p.reshape(B, K, G * T, S), v, preferred_element_type=jnp.float32)
+    out = product("bkrs,bskh->bkrh", p.reshape(B, K, G * T, S), v)
     out = out.reshape(B, K, G, T, h).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
     return out, lse.reshape(B, H, T)

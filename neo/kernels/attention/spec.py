@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,6 +35,11 @@ class Mask:
             raise InputError(
                 f"attention window {self.window} with causal=False; a window is the last W keys up to self: causal=True"
             )
+
+
+def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """The `precision` of products of this type: float32 is multiplied as float32 also where the default is not (TPU, TF32)."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def visible(

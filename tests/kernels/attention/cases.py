@@ -145,8 +145,10 @@ def exact(case: Case, arrays: Arrays, **options: Any) -> oracle.Result:
 
 
 # What is left to an implementation beside twice the error of the plain one, in units of rounding of fp32 times the size
-# of the sums (oracle.Result.sizes). Ours: the largest seen is 1.3, of kernels whose plain counterpart happens to be exact.
+# of the sums (oracle.Result.sizes). Ours, measured over 10 draws of every fp32 call of
+# test_numerics.py: at most half of what it allows is used.
 SLACK = 4 * 2.0**-24
+UNDERFLOW = 1e-35  # probabilities near the smallest normal fp32 number, 1.2e-38, may become 0
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 
 
@@ -172,7 +174,7 @@ def judge(case: Case, arrays: Arrays, got: dict[str, Any], bases: tuple[float, .
         for measure in (_largest, _mean):
             rounded = 2 * unit * (measure(b) if rounding is None else rounding)
             allowed = 2 * max(measure(c - b) for c in others) + rounded + SLACK * want.sizes[name]
-            ratios[f"{name} {measure.__name__[1:]}"] = measure(a - b) / max(allowed, 1e-300)
+            ratios[f"{name} {measure.__name__[1:]}"] = measure(a - b) / (allowed + UNDERFLOW)
     return ratios
 
 

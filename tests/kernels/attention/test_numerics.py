@@ -32,14 +32,13 @@ from .cases import GRADIENTS, REGIMES, Arrays, Case, draw, judge, seen, windows
 
 def tiles_read(case: Case, arrays: Arrays, b: int) -> np.ndarray:
     """[B, T, S] bool: the keys that may be multiplied with each query by a kernel of b x b tiles that skips what it can:
-    tiles without a visible pair by position, and tiles whose ranges of segment ids do not meet."""
-    plain = dataclasses.replace(case, segments="")
-    places = seen(plain, arrays._replace(segment_ids=None, kv_segment_ids=None))
+    tiles without a visible pair by position, those before first_key's, and those whose ranges of ids do not meet."""
+    places = seen(case, arrays._replace(segment_ids=None, kv_segment_ids=None, first_key=None))
     read = np.zeros(places.shape, bool)
     for i in range(0, case.T, b):
         for j in range(0, case.S, b):
             tile = np.s_[:, i : i + b, j : j + b]
-            read[tile] = places[tile].any((1, 2), keepdims=True)
+            read[tile] = places[tile].any((1, 2), keepdims=True) & (j + b > (case.first_key or 0))
             if case.segments:
                 mine, other = arrays.segment_ids[:, i : i + b], arrays.kv_segment_ids[:, j : j + b]
                 meet = (mine.min(1) <= other.max(1)) & (other.min(1) <= mine.max(1))
@@ -137,8 +136,9 @@ SUBJECTS = [
     Subject("pallas_tpu", 128, pallas_tpu, interpret=True, bases=(np.e, 2.0), quick=(2, 3, 4, 6, 7, 8, 9, 12, 14), regimes=3),
 ]
 # The interpreter of JAX 0.10 has no rule for what these kernels do. That of 0.12 blocks one of XLA's threads for each
-# warpgroup and copy in flight: with too few (NPROC, else one a core) it stops for ever.
-if hasattr(plgpu, "InterpretGPUParams") and int(os.environ.get("NPROC", os.cpu_count() or 1)) >= 8:
+# warpgroup and copy in flight: with too few (NPROC of them, else one a core) it stops for ever.
+GPU_INTERPRETER = hasattr(plgpu, "InterpretGPUParams") and int(os.environ.get("NPROC", 0)) >= 8
+if GPU_INTERPRETER:
     plainly = plgpu.InterpretGPUParams(num_tma_threads_per_device=4)
     SUBJECTS.append(Subject("pallas_gpu", 128, pallas_gpu, interpret=plainly, quick=(14,), regimes=1, dtypes=("bfloat16",)))
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
@@ -243,6 +243,11 @@ def keys_equal(a: dict, b: dict, keys: np.ndarray, what: str) -> None:
     for name in ("dk", "dv"):
         bad = differs(a[name], b[name]).any((2, 3)) & keys
         assert not bad.any(), f"{what}: {name} changed at keys {np.argwhere(bad)[:5].tolist()}"
+
+
+@pytest.mark.skipif(not GPU_INTERPRETER, reason="Mosaic GPU's interpreter needs JAX 0.11 and NPROC=8 or more")
+def test_gpu_kernels_are_among_these():
+    assert "pallas_gpu" in BY_NAME
 
 
 # ---- numbers
