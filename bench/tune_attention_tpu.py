@@ -44,7 +44,8 @@ def load() -> dict:
 
 
 def save(counts: dict) -> None:
-    about = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    installed = {dist.name for dist in importlib.metadata.distributions()}
+    about = {name: importlib.metadata.version(name) for name in ("jax", "libtpu") if name in installed}
     rows = [f'"{key}": {json.dumps(value)}' for key, value in counts.items() if key != "versions"]
     COUNTS.write_text("{\n" + ",\n".join([f'"versions": {json.dumps(about)}', *rows]) + "\n}\n")
 
