@@ -1,6 +1,7 @@
 """Sizes of the TPU kernels' tiles: a table by chip and shape, found by compiling, and the nearest row of it.
 
-The table is blocks.csv beside this file; bench/tune_attention_tpu.py writes it. Its columns: chip, seq_len (T = S),
+The table is blocks.csv beside this file. Its present rows were found by hand with the same counter that
+bench/tune_attention_tpu.py searches with; that script writes the file anew. Its columns: chip, seq_len (T = S),
 window (empty: full causal), head (h), stack (G), direction (forward, backward), blocks ("field=value field=value ...") and
 cycles (a head, as bench/attention_tpu_static.py counts them).
 """
