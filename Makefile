@@ -5,8 +5,8 @@
 # make clean      remove the environments and caches made here; data/ and runs/ stay
 #
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu, hf, ...) adds optional packages to the environment:
-# `make test EXTRAS=parity,data,remote` also compares with transformers on torch and with seqio, and reads from a local S3 server,
-# as CI does. WORKERS=8 runs the tests in as many processes.
+# `make test EXTRAS=parity,data,remote,notebook` also compares with transformers on torch and with seqio, reads from a local S3
+# server and runs the Colab notebook, as CI does. WORKERS=8 runs the tests in as many processes.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -103,7 +103,7 @@ run-part: $(FOR_TEST)
 	$(PARALLEL) tests/multi_device $(SELECT)
 
 # The other files in bench/ are parts of these, or tools.
-BENCHES := train_cpu loader prepare attention_cpu attention_tpu_static attention_gpu startup convert
+BENCHES := train_cpu loader prepare attention_cpu attention_tpu_static step_tpu_static attention_gpu train_gpu startup convert
 bench: $(FOR_BENCH)
 	@# Exit 2 says what this machine lacks (a GPU, libtpu).
 	@set -e; for name in $(BENCHES); do echo "== bench/$$name.py"; $(PY) bench/$$name.py || [ $$? = 2 ]; done

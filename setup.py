@@ -42,7 +42,7 @@ EXTRAS = {
     # Compiles the Hopper kernels on a machine without a GPU, down to their registers: tests on the newest JAX have it.
     "aot": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],
     "wandb": ["wandb>=0.20"],
-    "notebook": ["notebook>=7"],
+    "notebook": ["notebook>=7", "nbconvert>=7", "ipykernel>=6"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "safetensors>=0.6",
              "tokenizers>=0.22"],
     # Tests against transformers' own models and llama.cpp; CI has them.

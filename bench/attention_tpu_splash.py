@@ -6,7 +6,7 @@
 Splash has three kernels whose settings are independent: forward (block_q, block_kv, block_kv_compute) and backward either
 `fused` (dk, dv and parts of dq that XLA then sums) or `dkv` and `dq` apart. The search compiles each at every block size
 of 256..2048 at T=8192, W=4096 (but those that cannot win: `hopeless`), and prices a kernel by its tiles
-(`summary` in bench/tpu_static.py):
+(`summary` in neo.plan.kernel_dump):
     steps of the grid * an empty step + visible tiles * a tile + rows * first and last visit
 plus, for fused, the sum over the parts of dq at the compiler's estimate. Other shapes have the same tiles and other
 numbers of them. The two cheapest of each kind are then compiled at the shape and counted exactly, XLA's work included
@@ -127,7 +127,8 @@ def summaries(compiler, shape, setting: dict) -> dict[str, dict]:
     """{part: summary of its regions} of a setting; {} and the reason under "error" where it does not compile."""
     import attention_tpu_static as bench
     from tpu_hlo import entry_operations
-    from tpu_static import kernels
+
+    from neo.plan.kernel_dump import kernels
 
     try:
         folder = compiler.compile(shape, "splash", setting)

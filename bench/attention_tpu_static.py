@@ -13,7 +13,7 @@ VMEM flag of launch/tpu_flags.py. Each compile is a process of its own and leave
           CausalMask, at its best settings for that chip and shape: forward, fused backward or dq and dkv apart, blocks
           256..2048 (bench/results/attention_tpu_splash.json, found by --search on the same count)
 Counted, in cycles:
-  kernels  bench/tpu_static.py: every region of the scheduled program times how often it runs over the grid (its scalar unit
+  kernels  neo.plan.kernel_dump: every region of the scheduled program times how often it runs over the grid (its scalar unit
            is executed), a region at the larger of its bundles and what its rows need of the MXU; at least the bytes the
            kernel copies from and to HBM over the bandwidth. A kernel that two cores share: the busier core.
   XLA      everything around the kernels (scaling q, rowsum(out * dout), sums of dq parts, copies, the layout of the LSE):
@@ -48,8 +48,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import attention_tpu_splash as splash  # noqa: E402
 from tpu_hlo import entry_operations, xla_cycles  # noqa: E402
-from tpu_scalar import Run, execute  # noqa: E402
-from tpu_static import kernels, table  # noqa: E402
+
+from neo.plan.kernel_dump import dump_flags, kernels, table  # noqa: E402
+from neo.plan.kernel_scalar import Run, execute  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "attention_tpu_static.json"
 
@@ -211,8 +212,7 @@ class Compiler:
         self.process: subprocess.Popen | None = None
 
     def _start(self) -> None:
-        dumps = (f"--xla_jf_dump_to={self.folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.* "
-                 f"{vmem_flag(self.chip)}")
+        dumps = " ".join((*dump_flags(self.folder), vmem_flag(self.chip)))
         env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
                "LIBTPU_INIT_ARGS": dumps}
         self.process = subprocess.Popen([sys.executable, __file__, "--serve"], env=env, text=True, stdin=subprocess.PIPE,

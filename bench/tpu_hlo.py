@@ -1,7 +1,7 @@
 """What XLA's own operations of a compiled TPU program cost, by the compiler's estimate, and which operations are kernels.
 
 Every scheduled fusion and copy of `compiled.as_text()` carries `estimated_cycles`. Kernels (`tpu_custom_call`) carry none:
-bench/tpu_static.py counts those. Asynchronous copies (copy-start, slice-start: HBM to VMEM ahead of their use) carry none
+neo.plan.kernel_dump counts those. Asynchronous copies (copy-start, slice-start: HBM to VMEM ahead of their use) carry none
 either; they run beside the core and count as nothing here, on whichever side of a comparison they stand.
 """
 

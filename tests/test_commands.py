@@ -32,11 +32,13 @@ TABLE = {
     "neo.convert to-gguf": {"checkpoint": REQUIRED, "out": REQUIRED, "type": "q8_0", "gguf_arch": "auto", "overwrite": False},
     "neo.convert average": {"checkpoint": REQUIRED, "out": REQUIRED, "weights": "", "last": 0, "overwrite": False},
     "neo.convert verify": {"checkpoint": REQUIRED, "export": REQUIRED, "json": False},
+    "neo.plan": {"config": None, "topology": REQUIRED, "search": False, "candidates": 8, "phase": "", "scaling": (),
+                 "flags": "", "out": "", "json": False},
     "neo.infer": {"checkpoint": REQUIRED, "prompt": None, "max_new_tokens": 128, "temperature": 0.8, "top_k": 0, "top_p": 1.0,
                   "seed": 0, "json": False},
 }
 # Worked out when the command runs, or either optional or needed by other arguments: only their presence is held.
-LATE = {"out", "source", "tokenizer", "id_field", "workers", "prompt", "input"}
+LATE = {"out", "source", "tokenizer", "id_field", "workers", "prompt", "input", "config"}
 
 
 def declared(name: str) -> Command:
@@ -63,4 +65,5 @@ def test_arguments_and_defaults(name):
 
 
 def test_which_commands_take_config_overrides():
-    assert [name for name, command in commands().items() if command.takes_overrides] == ["neo.data.inspect", "neo.train"]
+    takes = [name for name, command in commands().items() if command.takes_overrides]
+    assert takes == ["neo.data.inspect", "neo.train", "neo.plan"]

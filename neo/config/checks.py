@@ -31,8 +31,15 @@ def check(config: Config) -> Config:
     for name in ("eps", "weight_decay", "clip_norm", "z_loss"):
         value = getattr(optimizer, name)
         _require(value >= 0, f"optimizer.{name}={value}: 0 or more is needed")
+    for name, least in (("join_seconds", 1), ("heartbeat_seconds", 5)):
+        value = getattr(train, name)
+        _require(value >= least, f"train.{name}={value}: {least} or more is needed")
     _require(train.scale_tokens > 0, f"train.scale_tokens={train.scale_tokens}: more than 0 is needed")
     _check_init(config.init)
+    traced = train.profile_steps
+    _require(not traced or len(traced) == 2 and 2 <= traced[0] <= traced[1],
+             f"train.profile_steps={','.join(map(str, traced))}: the first and the last step to trace are needed, as 10,12; "
+             "from step 2 on, because the first step of a start also warms up")
     _require(config.log.every_steps >= 1, f"log.every_steps={config.log.every_steps}: 1 or more is needed")
     _require(config.checkpoint.keep_last >= 1, f"checkpoint.keep_last={config.checkpoint.keep_last}: 1 or more is needed")
     for path in ("train.steps", "train.micro_batch", "checkpoint.every_steps", "checkpoint.permanent_every_steps",

@@ -14,8 +14,9 @@ from typing import Any
 CONFIG_VERSION = 1
 
 LR_SHAPES = ("cosine", "linear", "constant")
-REMAT_POLICIES = ("none", "minimal", "attention", "full")
+REMAT_POLICIES = ("none", "minimal", "lean", "attention", "offload", "full")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
+COMPILER_FLAGS = ("auto", "none")
 ATTENTION_IMPLEMENTATIONS = ("auto", "dense", "blockwise", "pallas_tpu", "pallas_gpu", "cudnn")
 # Ours: steps from deciding new mixture weights to their effect; batches of the steps between may have been made ahead already.
 # A constant, not data.prefetch: the stream must not depend on how many batches are made ahead.
@@ -276,7 +277,14 @@ class TrainConfig:
         True, "hold the attention kernel against the plain form on the device before training starts (seconds)")
     remat: str = operational("minimal", "what the backward pass keeps instead of recomputing", REMAT_POLICIES)
     check_memory: bool = operational(True, "refuse to start when the estimate exceeds the device's memory")
+    compiler_flags: str = operational(
+        "auto", "auto: the compiler flags that help on this chip, each unless LIBTPU_INIT_ARGS or XLA_FLAGS sets it; none: "
+                "change nothing", COMPILER_FLAGS)
     compile_cache: bool = operational(True, "keep compiled programs in the workdir, for quick restarts")
+    join_seconds: int = operational(300, "how long the processes of a run wait for each other at the start")
+    heartbeat_seconds: int = operational(60, "a process that the others have not heard of for so long is lost, and all stop")
+    profile_steps: tuple[int, ...] = operational(
+        (), "trace from one step to another, as 10,12, into profile/ of the workdir; empty = never")
 
 
 @dataclasses.dataclass(frozen=True)

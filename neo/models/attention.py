@@ -13,10 +13,13 @@ from neo.config.schema import InitConfig, ModelConfig
 from neo.models.init import deviation, filled, matrix, plus, starting_gain, times
 from neo.models.norm import Norm
 from neo.models.position import Rotation, rotate
+from neo.parallel.rules import Pin, unpinned
 
 # (q, k, v, sinks or None) -> mixed values. What it does with k and v (a kernel, a cache) is not the layer's business.
 Attend = Callable[[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "H"] | None],
                   Float[Array, "B T H h"]]
+
+HEADS_FIRST = (0, 2, 1, 3)   # [B, T, H, h] in memory as [B, H, T, h]
 
 
 class Attention(nnx.Module):
@@ -51,15 +54,18 @@ class Attention(nnx.Module):
             self.query_gain, self.key_gain, self.value_gain = (filled((), (), starting_gain(init, config)) for _ in "qkv")
             self.output_gain = filled((), (), starting_gain(init, config, residual=True))
 
-    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation | None, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation | None, attend: Attend,
+                 pin: Pin = unpinned) -> Float[Array, "B T D"]:
         query, key, value = (self._project(name, x) for name in ("query", "key", "value"))
         if hasattr(self, "query_norm"):
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        # As the TPU kernels read and write them, so that what is kept for the backward pass is not turned on its way.
+        query, key, value = (pin(x, HEADS_FIRST) for x in (query, key, value))
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
-        mixed = attend(query, key, checkpoint_name(value, "value"), sinks)
+        mixed = pin(attend(query, key, checkpoint_name(value, "value"), sinks), HEADS_FIRST)
         y = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x.dtype))
         return times(plus(y, getattr(self, "output_bias", None)), getattr(self, "output_gain", None))
 

@@ -39,9 +39,10 @@ from neo.models.mlp import MLP
 from neo.models.norm import Norm
 from neo.models.position import Rotation, alibi_slopes, rotations
 from neo.models.remat import rematerialise
-from neo.parallel.rules import Layout
+from neo.parallel.rules import Layout, Pin, unpinned
 
 Params = dict[str, Any]
+ROWS_FIRST = (0, 1, 2)   # [B, T, D] in memory as it is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,12 @@ class Block(nnx.Module):
         self.attention = Attention(config, init, rngs=rngs)
         self.mlp = MLP(config, init, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation | None, attend: Attend) -> Float[Array, "B T D"]:
-        y = self.attention(self._norm("attention_norm", x), rotation, attend)
+    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation | None, attend: Attend,
+                 pin: Pin = unpinned) -> Float[Array, "B T D"]:
+        x = pin(x, ROWS_FIRST)
+        y = self.attention(self._norm("attention_norm", x), rotation, attend, pin)
         x = x + self.multiplier * self._norm("attention_post_norm", y)
-        x = checkpoint_name(x, "residual_mid")
+        x = checkpoint_name(pin(x, ROWS_FIRST), "residual_mid")
         y = self.mlp(self._norm("mlp_norm", x))
         return x + self.multiplier * self._norm("mlp_post_norm", y)
 
@@ -174,10 +177,10 @@ class Decoder:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self._embed(params, tokens)
-        rotation = rotations(self.config, positions, rope_base)
+        rotation = rotations(self.config, positions, rope_base, self.layout.on_tpu)
 
         def block(module: Block, x: Array, kind: LayerKind, _: None) -> tuple[Array, None]:
-            return module(x, rotation[kind.position], self._attend(kind, segment_ids)), None
+            return module(x, rotation[kind.position], self._attend(kind, segment_ids), self.layout.pin), None
 
         x, _ = self._scan_layers(params, x, block)
         return self._finish(params, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from neo.config.schema import ModelConfig
@@ -34,7 +35,8 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=self.reduced, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=self.reduced, keepdims=True) + self.eps)
+        # Named, because to keep it costs 4 bytes a token, and to work it out again a pass over x.
+        y = y * checkpoint_name(jax.lax.rsqrt(jnp.mean(y * y, axis=self.reduced, keepdims=True) + self.eps), "norm_scale")
         y = y * (self.scale[...] + self.offset)
         if hasattr(self, "gain"):
             y = y * self.gain[...]

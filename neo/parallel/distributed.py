@@ -3,128 +3,122 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import glob
 import os
 import secrets
-import socket
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 from neo.errors import InputError
+from neo.parallel import rendezvous, watch
+from neo.parallel.cluster import Cluster, Place, find
 
 SHARED_SECONDS = 60.0    # for a shared workdir to show what process 0 wrote
-JOIN_SECONDS = 300       # for all processes to come together; JAX's own default
 # Ours. A process that fails alone must not keep its place for JAX's five minutes, waiting for the others to end too:
 # they wait for it, and are told of its death only when it is gone.
 LEAVE_SECONDS = 20
 
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """How this process finds the others. `mode` is auto or off; the rest, when given, wins over auto."""
-
-    mode: str = "auto"
-    coordinator: str = ""
-    num_processes: int = 0
-    process_id: int = -1
+_channel: watch.Channel | None = None    # to the process that watches over this one, once joined
 
 
-def join(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> str:
-    """Call `jax.distributed.initialize` where it is asked for or a cluster is seen. Returns what was done, for the log.
+def join(cluster: Cluster, facts: Mapping[str, Any] | None = None, *, join_seconds: float = 300,
+         heartbeat_seconds: float = 60, environment: Mapping[str, str] = os.environ) -> str:
+    """Meet the other processes where flags or a scheduler tell of some, and start JAX's distributed runtime.
 
-    Must run before any other use of JAX. InputError when the coordinator cannot be reached or bound.
+    Args:
+        cluster: what the user gave.
+        facts: what must be the same on all processes, for `rendezvous.meet`.
+        join_seconds: how long to wait for all to come; also JAX's own limit, which is 300 by default.
+        heartbeat_seconds: a process that is silent for so long is taken for lost.
+        environment: variables of the scheduler.
+
+    With several processes this one forks: the child returns and trains, the parent watches (`neo.parallel.watch`) and
+    leaves the command when the child has ended. Must run before any other use of JAX. Returns what was done, for the log.
+    InputError where the cluster is half given, processes are missing or differ, or JAX cannot start.
     """
-    explicit = cluster.coordinator or cluster.num_processes or cluster.process_id >= 0
-    if explicit:
-        if not cluster.coordinator or cluster.num_processes < 1 or cluster.process_id < 0:
-            raise InputError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I are needed together")
-        if cluster.process_id >= cluster.num_processes:
-            raise InputError(f"--process_id={cluster.process_id} must be below --num_processes={cluster.num_processes}")
-        if ":" not in cluster.coordinator or not cluster.coordinator.rpartition(":")[2].isdigit():
-            raise InputError(f"--coordinator={cluster.coordinator}: HOST:PORT is needed, as in 10.0.0.1:8476")
-        _check_coordinator(cluster.coordinator, cluster.process_id)
-        _initialize(f"coordinator {cluster.coordinator}", coordinator_address=cluster.coordinator,
-                    num_processes=cluster.num_processes, process_id=cluster.process_id)
-        return f"process {cluster.process_id} of {cluster.num_processes}, coordinator {cluster.coordinator}"
-    if cluster.mode == "off":
-        return "one process (--distributed=off)"
-    seen = _seen_cluster(environment)
-    if not seen and _has_tpu(environment):
-        # The hosts of a TPU pod need not show each other in the environment: JAX asks the machine's metadata.
-        try:
-            _initialize("the TPU hosts, if there are several")
-        except InputError as error:
-            return f"one process (a TPU without a cluster: {error})"
-        return "joined the TPU's hosts"
-    if not seen:
-        return "one process (no cluster seen)"
-    _initialize(f"the cluster ({seen})")
-    return f"joined the cluster ({seen})"
+    global _channel
+    place, alone = find(cluster, environment)
+    if place is None:
+        return alone
+    where = f"coordinator {place.coordinator}, {place.seen}"
+    if place.num_processes == 1:
+        _initialize(place, join_seconds, heartbeat_seconds)
+        return f"process 0 of 1, {where}"
+    print(f"neo: process {place.process_id} of {place.num_processes} waits up to {join_seconds:g} s for the others ({where})",
+          file=sys.stderr, flush=True)
+    meeting = rendezvous.meet(place, facts or {}, join_seconds)
+    channel = watch.split(place.process_id, meeting, heartbeat_seconds)
+    with channel.failures():
+        _initialize(place, join_seconds, heartbeat_seconds)
+    _channel = channel
+    return f"{meeting.name(place.process_id)}, {where}"
 
 
-def _seen_cluster(env: Mapping[str, str]) -> str:
-    """The cluster this process was started in, by its environment; empty on a single machine."""
-    if env.get("JAX_COORDINATOR_ADDRESS"):
-        return "JAX_COORDINATOR_ADDRESS"
-    if env.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        return "TPU slices"
-    if "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        return "TPU pod"
-    if int(env.get("SLURM_NTASKS", "1") or 1) > 1 and env.get("SLURM_PROCID"):
-        return "Slurm"
-    if int(env.get("OMPI_COMM_WORLD_SIZE", "1") or 1) > 1:
-        return "Open MPI"
-    return ""
+def watched() -> contextlib.AbstractContextManager[Any]:
+    """Around all that a joined process does: tells the others how it ended, so that none waits for it."""
+    return _channel or contextlib.nullcontext()
 
 
-def _has_tpu(env: Mapping[str, str]) -> bool:
-    """Whether this host has TPU chips that JAX is allowed to use."""
-    if env.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
-        return False
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+class Agreement(Protocol):
+    """How processes settle on the last step before they stop."""
+
+    def begin(self, step: int) -> str:
+        """Call before step number `step` (from 1) is begun: the signal to stop for if the one before was the last, or ""."""
+
+    def stop(self, step: int, wanted: str) -> str:
+        """After step `step` was begun: the signal to stop for if it is the last one, else "". `wanted` is a signal that
+        this process got, or ""."""
 
 
-def _check_coordinator(address: str, process_id: int) -> None:
-    """InputError when process 0 cannot open the coordinator's port, or another process cannot reach it in JOIN_SECONDS.
+class _Alone:
+    def begin(self, step: int) -> str:
+        return ""
 
-    JAX itself ends the process with a signal in both cases.
-    """
-    host, _, port = address.rpartition(":")
-    if process_id == 0:
-        try:
-            with socket.create_server(("", int(port))):
-                return
-        except (OSError, OverflowError) as error:
-            raise InputError(f"--coordinator={address}: process 0 cannot open port {port} here ({error}); "
-                             "give a port that is free, to all processes") from None
-    deadline = time.monotonic() + JOIN_SECONDS
-    told = time.monotonic()
-    while True:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-                return
-        except (OSError, OverflowError) as error:
-            now = time.monotonic()
-            if now > deadline:
-                raise InputError(f"--coordinator={address} cannot be reached after {JOIN_SECONDS} s ({error}); check that "
-                                 "process 0 runs, and that this machine can open connections to it") from None
-            if now - told > 10:
-                print(f"neo: waiting for the coordinator {address} ({error})", file=sys.stderr, flush=True)
-                told = now
-            time.sleep(0.2)
+    def stop(self, step: int, wanted: str) -> str:
+        return wanted
 
 
-def _initialize(where: str, **arguments: object) -> None:
+class _ByCollective:
+    """Processes that were joined by a program of the user's own: asked now and then, for a collective costs a message."""
+
+    def __init__(self, every: int):
+        self._every = every
+
+    def begin(self, step: int) -> str:
+        return ""
+
+    def stop(self, step: int, wanted: str) -> str:
+        if step % self._every or not any_process(bool(wanted)):
+            return ""
+        return wanted or "SIGTERM on another process"
+
+
+def agreement(every: int) -> Agreement:
+    """The agreement of this run. `every`: where nothing watches over the processes, they agree every so many steps."""
     import jax
-    print(f"neo: joining {where}, waiting up to {JOIN_SECONDS} s for all processes", file=sys.stderr, flush=True)
+    if jax.process_count() == 1:
+        return _Alone()
+    return _channel or _ByCollective(every)
+
+
+def _initialize(place: Place, join_seconds: float, heartbeat_seconds: float) -> None:
+    import jax
+    devices = {} if place.local_device_ids is None else {"local_device_ids": list(place.local_device_ids)}
     try:
-        jax.distributed.initialize(initialization_timeout=JOIN_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS, **arguments)
+        jax.distributed.initialize(
+            coordinator_address=place.coordinator, num_processes=place.num_processes, process_id=place.process_id,
+            cluster_detection_method="deactivate", initialization_timeout=round(join_seconds),
+            heartbeat_timeout_seconds=round(heartbeat_seconds), shutdown_timeout_seconds=LEAVE_SECONDS, **devices)
     except Exception as error:
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot join {where}: {text[:200]}; check that the address is reachable, its port free, and that "
-                         "every process was started") from None
+        raise InputError(f"cannot join coordinator {place.coordinator} ({place.seen}): {text[:200]}; check that the address "
+                         "is reachable, its port free, and that every process was started") from None
+    # JAX takes SIGTERM for a service that we do not use: until training begins, the signal would be lost.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def devices() -> list:

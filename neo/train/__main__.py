@@ -44,17 +44,35 @@ COMMAND = Command(
 
 def run(args: Namespace) -> None:
     """Load the config, join the other processes, and train."""
-    from neo.config import find, load
+    from neo.config import load
     config = load(args.config, args.overrides)
     if args.print_config:
         _print_config(config, args)
         return
-    from neo.parallel.distributed import Cluster, join
-    joined = join(Cluster(args.distributed, args.coordinator, args.num_processes, args.process_id))
-    print(f"neo.train: {joined}", file=sys.stderr)
+    from neo.parallel.cluster import Cluster
+    from neo.parallel.distributed import join, watched
+    joined = join(Cluster(args.distributed, args.coordinator, args.num_processes, args.process_id), _facts(config),
+                  join_seconds=config.train.join_seconds, heartbeat_seconds=config.train.heartbeat_seconds)
+    with watched():
+        print(f"neo.train: {joined}", file=sys.stderr)
+        _train(config, args)
 
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What must be the same on every process of a run."""
+    from importlib import metadata
+
+    from neo.config import to_dict
+    installed = {found.name: found.version for name in ("neo-pretrain", "jax", "jaxlib")
+                 for found in metadata.distributions(name=name)}
+    return {"config": to_dict(config), **{f"{name} version": version for name, version in installed.items()}}
+
+
+def _train(config: Any, args: Namespace) -> None:
+    """Train, and print the result on process 0."""
     import jax
 
+    from neo.config import find
     from neo.train.runner import result_text
     from neo.train.runner import run as train
     finished = train(config, args.workdir or None, config_text=find(args.config).read_text(), started=_STARTED)

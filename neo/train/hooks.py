@@ -176,6 +176,9 @@ def hooks_of(session: Session) -> list[Hook]:
             hooks.append(Wandb(session))
         if config.log.plot:
             hooks.append(Plot(session))
+        if config.train.profile_steps:
+            from neo.train.profile import Profile
+            hooks.insert(0, Profile(session))   # a trace ends before the evaluation after its last step
     return hooks
 
 

@@ -15,12 +15,13 @@ import jax
 from neo.config.schema import PhaseConfig
 from neo.data.loader import prefetch
 from neo.errors import RestartSafe, StoppedForPerson
-from neo.parallel.distributed import any_process
+from neo.parallel.distributed import agreement
 from neo.train import schedule
 from neo.train.hooks import Hook
 from neo.train.metrics import stamp, step_values
 from neo.train.session import Session, utilisation
 
+SAME_CTRL_C_SECONDS = 1.0   # ours: srun sends one to all processes of a task, and the one that watches passes it on
 NAMED_DOCUMENTS = 8   # document ids in a NaN message; all of them go to events.jsonl
 
 
@@ -30,6 +31,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.name = ""
         self._before: dict[int, Any] = {}
+        self._interrupted: float | None = None   # when, by the first Ctrl-C
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -42,9 +44,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: Any) -> None:
-        self.name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._interrupted is None:
+                self._interrupted = time.monotonic()
+            elif time.monotonic() - self._interrupted > SAME_CTRL_C_SECONDS:
+                raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +135,7 @@ def train(session: Session, hooks: list[Hook]) -> None:
     pending: Pending | None = None
     batches = prefetch(lambda step: session.data.batch(step, session.batch_sharding), session.steps_done,
                        session.stop_step, config.data.prefetch)
+    agreed = agreement(config.log.every_steps)
     with StopSignals() as signals, batches:
         def keep() -> None:
             if pending is not None:
@@ -145,14 +151,17 @@ def train(session: Session, hooks: list[Hook]) -> None:
             phase = config.phases[at.phase]
             run_step = session.step_for(phase, at.global_batch)
             recorder.pause(clock.lap("startup"))   # a later phase's step is compiled when it begins
+            stopping = agreed.begin(step + 1)
+            if stopping:
+                if pending is not None:
+                    recorder.settle(pending)
+                _stop(session, stopping)
             session.state, values = run_step(session.state, batch, *session.rates(step))
             if pending is not None:
                 recorder.settle(pending)
             pending = Pending(step, phase, at.tokens, values)
             done = session.steps_done = step + 1
-            # Only now and then with several processes: agreeing costs a message.
-            agree = jax.process_count() == 1 or done % config.log.every_steps == 0
-            stopping = agree and any_process(bool(signals.name))
+            stopping = agreed.stop(done, signals.name)
             acting = [hook for hook in hooks if hook.due(done, done == session.stop_step)]
             if acting or stopping or done == session.stop_step:
                 recorder.settle(pending)
@@ -164,7 +173,7 @@ def train(session: Session, hooks: list[Hook]) -> None:
                 if values:
                     recorder.emit(done, values)
             if stopping and done < session.stop_step:
-                _stop(session, signals.name or "SIGTERM on another process")
+                _stop(session, stopping)
 
 
 def _until_unreadable(batches: Iterable[tuple[int, Any]], keep: Callable[[], None]) -> Iterator[tuple[int, Any]]:
@@ -183,6 +192,6 @@ def _stop(session: Session, name: str) -> None:
     if jax.process_index() == 0:
         session.workdir.event("stop", session.steps_done, reason=name)
     text = f"stopped by {name} at step {session.steps_done}, saved; the same command goes on from there"
-    if name == "SIGINT":
+    if name.startswith("SIGINT"):
         raise KeyboardInterrupt(text)
     raise RestartSafe(text)

@@ -41,6 +41,22 @@ def token_sums(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: 
     return RowSums(rows(log_z - target), rows(log_z * log_z), rows(hit), jnp.sum(mask, axis=-1))
 
 
+def _head_before_layers(decoder: Decoder, hidden: Array, params: Params) -> tuple[Array, Params]:
+    """Both as they are; in the backward pass the layers wait until the head's gradient has been summed over the devices.
+
+    Left to itself the compiler sums it at the end, and its unreduced [D, V] lies in memory meanwhile: 0.25 GiB more at the
+    peak of a 7B step.
+    """
+    @jax.custom_vjp
+    def joined(hidden: Array, weights: Array) -> tuple[Array, Array]:
+        return hidden, weights
+
+    joined.defvjp(lambda hidden, weights: ((hidden, weights), None), lambda _, grads: jax.lax.optimization_barrier(grads))
+    group, name = ("embed", "table") if decoder.config.tied_embeddings else ("head", "kernel")
+    hidden, weights = joined(hidden, params[group][name])
+    return hidden, {**params, group: {**params[group], name: weights}}
+
+
 def row_sums(decoder: Decoder, params: Params, batch: dict[str, Array], rope_base: float = 0.0) -> RowSums:
     """RowSums of a batch with `inputs`, `targets`, `positions`, `segment_ids` [B, T] and `loss_mask` [B, T].
 
@@ -49,6 +65,7 @@ def row_sums(decoder: Decoder, params: Params, batch: dict[str, Array], rope_bas
     """
     layout = decoder.layout
     hidden = decoder.hidden(params, batch["inputs"], batch["positions"], batch["segment_ids"], rope_base)
+    hidden, params = _head_before_layers(decoder, hidden, params)
     kernel = layout.copies(decoder.head_kernel(params), ("embed", "vocab"), ("gathered", "vocab"))
     # Each device takes the chunks of the tokens that it has: of N parts, `along` of each sequence.
     parts, along = kernel.shape[0], layout.split("sequence")

@@ -8,12 +8,14 @@ test holds the total against the compiler's own memory analysis.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from neo.config.schema import Config, PhaseConfig
+from neo.config.schema import Config, ModelConfig, PhaseConfig
 from neo.errors import InputError
 from neo.models.decoder import Decoder
 from neo.train.loss import chunk_length
@@ -47,9 +49,15 @@ class Memory:
         return f"{self.total / 1e9:.2f} GB ({parts})"
 
 
+@functools.lru_cache(maxsize=8)
+def _parameter_shapes(model: ModelConfig) -> dict[str, Any]:
+    """Tracing a model takes a while, and a search of plans asks for hundreds of meshes."""
+    return jax.eval_shape(lambda: Decoder(model).init(jax.random.key(0), 0.0))
+
+
 def parameter_bytes(decoder: Decoder, sizes: Mapping[str, int]) -> int:
     """Bytes of the float32 parameters on one device of a mesh with these axis sizes."""
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), 0.0))
+    shapes = _parameter_shapes(decoder.config)
 
     def local(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> int:
         split = 1
@@ -82,9 +90,12 @@ def estimate(decoder: Decoder, phase: PhaseConfig, sizes: Mapping[str, int], mic
     kv = kv // tensor if model.num_kv_heads % tensor == 0 else kv
     ffn, d, branches = model.d_ff // tensor, model.d_model, 2 if model.mlp == "gated" else 1
 
-    attention_saved = heads * width + model.num_heads // tensor * FLOAT32      # output and logsumexp
+    # Per token and layer: logsumexp of the heads and scales of the norms; attention's output; what `models/remat.py` names.
+    scalars = (model.num_heads // tensor + (4 if model.norm_placement == "sandwich" else 2)) * FLOAT32
+    attention_saved = heads * width + scalars
     named = heads + 2 * kv + d + branches * ffn                                 # query, key, value, mid, gate, up
-    saved = {"full": 0, "attention": attention_saved, "minimal": attention_saved + named * width,
+    saved = {"full": 0, "offload": scalars, "attention": attention_saved,
+             "lean": attention_saved + (named - d) * width, "minimal": attention_saved + named * width,
              # all intermediates: also both norms (float32 copies), the rotated halves and the gated product
              "none": attention_saved + (named + 2 * d + heads + kv + branches * ffn) * width + 2 * d * FLOAT32}[remat]
     scores = model.num_heads // tensor * phase.seq_len * FLOAT32 if decoder.attention == "dense" else 0
@@ -134,7 +145,7 @@ def check_fits(config: Config, decoder: Decoder, sizes: Mapping[str, int], capac
 
 def _cure(config: Config, decoder: Decoder, phase: PhaseConfig, sizes: Mapping[str, int], capacity: int) -> str:
     room = capacity * USABLE
-    for remat in dict.fromkeys((decoder.remat, "attention", "full")):
+    for remat in dict.fromkeys((decoder.remat, "lean", "attention", "full")):
         if estimate(decoder, phase, sizes, 1, remat).total <= room:
             change = "--config.train.micro_batch=1"
             if remat != decoder.remat:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -13,18 +15,29 @@ from neo.train.workdir import read_records
 
 def draw_loss(workdir: str | epath.Path) -> epath.Path | None:
     """Draw the run's loss curve from its metric files; None when there is nothing to draw yet."""
-    records = read_records(workdir)
+    image = loss_image(read_records(workdir), epath.Path(workdir).name)
+    if image is None:
+        return None
+    path = epath.Path(workdir) / "loss.png"
+    path.write_bytes(image)
+    return path
+
+
+def loss_image(records: Sequence[Mapping[str, Any]], title: str) -> bytes | None:
+    """The loss curve of metric records as a PNG; None when there is nothing to draw yet.
+
+    Without pyplot: a notebook keeps its own way of showing figures, and any thread may draw.
+    """
     train = [(r["tokens"], r["train/loss"]) for r in records if "train/loss" in r]
     held_out = [(r["tokens"], r["eval/loss"]) for r in records if "eval/loss" in r]
     if not train and not held_out:
         return None
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axis = figure.subplots()
     if train:
-        axis.plot(*np.array(train).T, color="#4c78a8", lw=1.2, label="training loss")
+        axis.plot(*np.array(train).T, "o"[:len(train) == 1], color="#4c78a8", ms=3, lw=1.2, label="training loss")
     if held_out:
         axis.plot(*np.array(held_out).T, "o-", color="#e45756", ms=4, lw=1.2, label="held-out loss")
     axis.set_xlabel("tokens seen")
@@ -43,11 +56,8 @@ def draw_loss(workdir: str | epath.Path) -> epath.Path | None:
         right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     handles = [*axis.get_legend_handles_labels()[0], *(right.get_legend_handles_labels()[0] if rates else [])]
     axis.legend(handles=handles, frameon=False, loc="upper right")
-    axis.set_title(epath.Path(workdir).name, fontsize=11)
+    axis.set_title(title, fontsize=11)
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    plt.close(figure)
-    path = epath.Path(workdir) / "loss.png"
-    path.write_bytes(image.getvalue())
-    return path
+    return image.getvalue()

@@ -18,7 +18,7 @@ from neo.config import Config, to_dict
 from neo.config.render import as_python
 from neo.data import amendments
 from neo.errors import InputError, NeoError
-from neo.parallel import distributed
+from neo.parallel import compiler_flags, distributed
 from neo.train.progress import Log
 from neo.train.workdir import Run, Workdir
 
@@ -43,6 +43,7 @@ def run(config: Config, workdir: str | Path | None = None, *, config_text: str |
     from neo.train.checkpoints import disk_full
 
     place = Workdir(workdir or f"runs/{config.name}")
+    compiler_flags.apply(config.train.compiler_flags)   # the compiler reads them when JAX starts
     distributed.devices()   # a missing device is told first: everything below asks JAX
     _require_run_or_empty(place)
     distributed.check_shared(place.path)
@@ -65,6 +66,7 @@ def run(config: Config, workdir: str | Path | None = None, *, config_text: str |
 def _train(config: Config, place: Workdir, log: Log, config_text: str | None) -> Run:
     import jax
 
+    from neo.train import startup
     from neo.train.checkpoint_format import checkpoints_in
     from neo.train.hooks import hooks_of
     from neo.train.loop import train
@@ -86,7 +88,7 @@ def _train(config: Config, place: Workdir, log: Log, config_text: str | None) ->
     if primary:
         place.write_text("config.py", config_text or as_python(config))
         place.write_json("config.json", to_dict(config))
-        place.write_json("environment.json", environment())
+        place.write_json("environment.json", {**environment(), **startup.facts(config)})
         session.write_amendments()
         place.event("resume" if session.start_step else "start", session.start_step, changed=changed,
                     devices=session.mesh.devices.size, **({"init": session.origin} if session.origin else {}))

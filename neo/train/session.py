@@ -23,7 +23,7 @@ from neo.parallel import devices as device_facts
 from neo.parallel import distributed
 from neo.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from neo.parallel.rules import Layout, rules_for
-from neo.train import attention_choice, initial, memory, reweighting, schedule
+from neo.train import attention_choice, initial, memory, reweighting, schedule, startup
 from neo.train.checkpoint_format import checkpoints_in
 from neo.train.checkpoints import Checkpoints, restore
 from neo.train.optimizer import Optimizer
@@ -164,8 +164,6 @@ def build(config: Config, workdir: Workdir, log: Log) -> Session:
     mesh = make_mesh(config.mesh, found)
     sizes = {axis: mesh.shape[axis] for axis in AXES}
     check_on_mesh(config, sizes)
-    log(f"devices: {len(found)} x {found[0].device_kind}, mesh " +
-        (" ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "of one"))
     decoder = make_decoder(config, Layout(mesh, rules_for(config.model.num_kv_heads, sizes["tensor"])), found[0], log)
     optimizer = Optimizer(config.optimizer, decoder.axes())
     # Only local devices tell their memory, and hosts may differ: all processes must plan with the same number.
@@ -204,7 +202,8 @@ def make_decoder(config: Config, layout: Layout, device: jax.Device, log: Log) -
     if attention_choice.needs_check(config, attention):
         with log.stage(f"checking attention {attention} on this device"):
             attention, why = attention_choice.checked(config, (attention, why), asked)
-    log(f"compute dtype {dtype}; attention {attention} ({why}); remat {config.train.remat}")
+    for line in startup.table(config, layout.mesh, f"{attention} ({why})", dtype):
+        log(line)
     return Decoder(config.model, jnp.dtype(dtype), config.train.remat, attention, layout)
 
 

@@ -4,7 +4,7 @@
     checkpoints/<step>/                         see checkpoint_format.py
     metrics/<first step>.jsonl                  one file per start
     events.jsonl                                starts, saves, resumes, changes, with reasons
-    tensorboard/ logs/ samples.jsonl loss.png result.json compile_cache/
+    tensorboard/ logs/ samples.jsonl loss.png result.json compile_cache/ profile/
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import attention_tpu_splash as splash
 import pytest
 import record_dump
 import tpu_hlo
-from tpu_scalar import NotKnown, execute
-from tpu_static import Bundle, Dump, kernels, parse, read_bundles
+
+from neo.plan.kernel_dump import Bundle, Dump, kernels, parse, read_bundles
+from neo.plan.kernel_scalar import NotKnown, execute
 
 DATA = Path(__file__).resolve().parent / "data"
 VISITS = [(i, j) for i in range(record_dump.ROWS) for j in range(record_dump.COLUMNS)

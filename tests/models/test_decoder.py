@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,3 +146,23 @@ def test_rope_base_of_the_phase_wins(build, tokens):
     by_model = decoder.apply(params, tokens(1, 9))
     np.testing.assert_array_equal(by_model, other.apply(params, tokens(1, 9), rope_base=500.0))
     assert float(jnp.abs(by_model - other.apply(params, tokens(1, 9), rope_base=1e6)).max()) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_by_product_is_the_rotation(dtype):
+    """What TPUs run: equal to the last bit but for a fused multiply-add, forward and backward."""
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 300, 4, 16)).astype(dtype)
+    plain = rope_rotation(jnp.arange(300)[None], inverse_frequencies(16, 1000.0))
+    product = dataclasses.replace(plain, by_product=True)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def both_ways(x, y, by_product):
+        out, vjp = jax.vjp(lambda x: rotate(x, product if by_product else plain), x)
+        return out, vjp(y)[0]
+
+    turned, back = zip(both_ways(x, y, False), both_ways(x, y, True), strict=True)
+    tolerance = dict(rtol=1e-6, atol=1e-6) if dtype == jnp.float32 else dict(rtol=2**-7, atol=1e-6)
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in turned), **tolerance)
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in back), **tolerance)
+    assert turned[0].dtype == turned[1].dtype == dtype
+    assert float(jnp.abs(turned[0] - x).max()) > 1

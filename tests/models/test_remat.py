@@ -13,7 +13,7 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
 from neo.config.schema import REMAT_POLICIES
-from neo.models.remat import SAVED_NAMES
+from neo.models.remat import POLICIES
 
 SHAPE = dict(num_layers=5, windows=(8, 0), vocab_size=64, d_model=64, d_ff=160)
 
@@ -36,7 +36,7 @@ def saved_elements(function, params) -> int:
 
 
 def test_every_policy_of_the_schema_exists():
-    assert set(SAVED_NAMES) == set(REMAT_POLICIES)
+    assert set(POLICIES) == set(REMAT_POLICIES)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def plain_results():
     return {}
 
 
-@pytest.mark.parametrize("policy,attention", [("minimal", "blockwise"), ("attention", "blockwise"), ("full", "blockwise"),
-                                              ("minimal", "dense")])
+@pytest.mark.parametrize("policy,attention", [("minimal", "blockwise"), ("lean", "blockwise"), ("attention", "blockwise"),
+                                              ("offload", "blockwise"), ("full", "blockwise"), ("minimal", "dense")])
 def test_same_loss_and_gradients(build, tokens, plain_results, policy, attention):
     batch = tokens(2, 32, 64)
     decoder, params = build(remat=policy, attention=attention, **SHAPE)
@@ -69,13 +69,14 @@ def test_policies_keep_less_and_less(build, tokens):
         kept[policy] = saved_elements(objective(decoder, batch), params)
         compiled = jax.jit(jax.grad(objective(decoder, batch))).lower(params).compile()
         temporary[policy] = compiled.memory_analysis().temp_size_in_bytes
-    assert kept["none"] > kept["minimal"] > kept["attention"] > kept["full"] > 0
-    # Saved per layer and token: the boundary x (D); attention adds its output (H h) and lse (H); minimal adds q, k, v,
-    # the middle of the block and the two MLP branches.
+    assert kept["none"] > kept["minimal"] > kept["lean"] > kept["attention"] > kept["full"] > 0
+    # Saved per layer and token: the boundary x (D); attention adds its output (H h) and lse (H), and the scales of two
+    # norms; lean adds q, k, v and the two MLP branches, minimal also the middle of the block.
     per_layer = 2 * 32 * SHAPE["num_layers"]
-    assert kept["attention"] - kept["full"] == per_layer * (64 + 4)
-    assert kept["minimal"] - kept["attention"] == per_layer * (64 + 2 * 32 + 64 + 2 * 160)
-    assert temporary["none"] > temporary["minimal"] > temporary["attention"]
+    assert kept["attention"] - kept["full"] == per_layer * (64 + 4 + 2)
+    assert kept["lean"] - kept["attention"] == per_layer * (64 + 2 * 32 + 2 * 160)
+    assert kept["minimal"] - kept["lean"] == per_layer * 64
+    assert temporary["none"] > temporary["minimal"] > temporary["lean"] > temporary["attention"]
 
 
 def test_layers_outside_the_loop_are_recomputed_too(build, tokens):

@@ -70,7 +70,7 @@ def test_estimate_is_near_what_the_cpu_compiler_counts(case):
 
 
 # (T, remat, arguments + temporaries in bytes): neo_7b in bfloat16, one sequence a device, on v5p:4x4x4 with fsdp=64, as
-# libtpu of JAX 0.12.0.1 counts it (tests/tpu/compile_step.py).
+# libtpu of JAX 0.12.0.1 counts it (neo.plan).
 ON_TPU = [(8192, "minimal", 36_220_099_072), (2048, "minimal", 11_711_248_896), (2048, "full", 4_809_701_888)]
 
 
@@ -84,8 +84,8 @@ def test_estimate_is_near_what_the_tpu_compiler_counts(seq_len, remat, counted):
 
 def test_activations_of_neo_7b_by_hand():
     """Per token and layer in bfloat16: input, query, key, value, attention's output and the residual in the middle are
-    3072 wide, gate and up 24576 each; logsumexp is one float32 a head."""
-    saved = 28 * 8192 * ((6 * 3072 + 2 * 24576) * 2 + 16 * 4)
+    3072 wide, gate and up 24576 each; logsumexp is one float32 a head, and each of two norms has one."""
+    saved = 28 * 8192 * ((6 * 3072 + 2 * 24576) * 2 + 16 * 4 + 2 * 4)
     decoder = decoder_of(load("neo_7b").model, "minimal", jnp.bfloat16, "blockwise")
     estimate = memory.estimate(decoder, phase_of(8192, 1024), {**ONE, "fsdp": 64}, 1)
     running = 8192 * 4 * (4 * 24576 + 6 * 3072 + 3 * 3072)   # one block while its backward runs
@@ -111,7 +111,7 @@ def test_state_is_exact(recipe):
 
 def test_policies_and_batches_order_as_their_names_say():
     totals = [memory.estimate(decoder_of(SMALL, remat), phase_of(512, 2), ONE, 2).total for remat in REMAT_POLICIES]
-    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals), "none .. full, as the schema lists them"
     whole, halves = (memory.estimate(decoder_of(SMALL), phase_of(512, 8), ONE, micro) for micro in (8, 4))
     assert halves.activations * 2 == whole.activations
     assert halves.gradients == 2 * whole.gradients   # the sum and the one being made

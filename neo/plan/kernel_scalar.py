@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from tpu_static import Dump
+from neo.plan.kernel_dump import Dump
 
 GRANULE_BYTES = 32   # of a copy's size_in_granules: 4096 for a bf16[512, 128] block in every dump
 _NAME = re.compile(r"%([sp]\d+_[sp]\d+|\d+)")
@@ -42,6 +42,7 @@ class NotKnown(ValueError):
 
 
 def signed(value: int) -> int:
+    """The low 32 bits of a number, as a signed one."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value & 0x80000000 else value
 
@@ -134,9 +135,11 @@ class Run:
         return sum(cell.times * cell.cycles for cell in self.cells)
 
     def as_dict(self) -> dict:
+        """Ready for JSON."""
         return {**dataclasses.asdict(self), "cycles": self.cycles}
 
     def table(self) -> str:
+        """Which bundles run how often, and their share of the cycles; small ones are left out."""
         lines = [f"  executed on core {self.core}: {self.steps} grid steps, {self.cycles:.0f} cycles, "
                  f"{self.bytes_read / 2**20:.1f} MiB from HBM, {self.bytes_written / 2**20:.1f} MiB to HBM"]
         for cell in sorted(self.cells, key=lambda cell: -cell.times * cell.cycles):

@@ -1,0 +1,1 @@
+"""Plan a run from a machine without accelerators: compile the real step for the real topology, and price it."""
