@@ -127,7 +127,7 @@ def measure(case: Case, models: dict, peers: dict, cache: Path, flags: str) -> d
         "matmul_ms": round(1e3 * cost.matmul, 1), "mxu": round(cost.matmul_flops / where.chip.peak_flops / cost.matmul, 4),
         "other_ms": round(1e3 * cost.other, 1), "kernels_ms": round(1e3 * cost.kernels, 1),
         "comm_ms": round(1e3 * cost.communication, 1), "matmul_tflop": round(cost.matmul_flops / 1e12, 2),
-        "peak_gib": round(used["peak_reported"] / GIB, 3), "arguments_gib": round(used["arguments"] / GIB, 3),
+        "peak_gib": round(used["peak"] / GIB, 3), "arguments_gib": round(used["arguments"] / GIB, 3),
         "temporaries_gib": round(used["temporaries"] / GIB, 3), "lower_s": compiled.lower_s, "compile_s": compiled.compile_s,
         "kernels": [dataclasses.asdict(use) for use in cost.kernel_uses],
         "collectives": [dataclasses.asdict(one) for one in cost.collectives],
