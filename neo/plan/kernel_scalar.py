@@ -295,7 +295,7 @@ class _Program:
                 if where is not None:
                     self.memory[where] = value()
             return store
-        if op == "smov" or op == "pmov":
+        if op in ("smov", "smov.u32", "pmov"):   # libtpu 0.0.51 writes a type
             merge = _MERGE.match(rest)
             if merge:
                 negated, holds = merge[1] == "!", self.read("%" + merge[2])
@@ -339,6 +339,8 @@ class _Program:
             def fetch() -> None:
                 here, there = source(), target()
                 words = self.operands.get(int(here.base.removeprefix("operand"))) if isinstance(here, Pointer) else None
+                if words is not None and not isinstance(there, Pointer):
+                    raise NotKnown(f"{self.dump.name}: where scalars are copied to is not known: {op} {rest[:120]}")
                 for i, word in enumerate(words if words is not None else ()):
                     self.memory[there.base, (there.offset or 0) + i] = signed(int(word))
             return fetch

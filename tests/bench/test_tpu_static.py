@@ -78,7 +78,7 @@ def counting_loop(bound):
     return little(
         "%s1_s0 = smov 0", "%s9_s9 = smov 0 } /* Start region 4 */", "%s2_s0 = sphi %s1_s0, %s3_s0",
         "%s3_s0 = sadd.s32 1, %s2_s0", f"%p4_p0 = scmp.lt.s32.totalorder %s3_s0, {bound}",
-        "%5 = sbr.rel (%p4_p0) target = $region4", "", "", "", "", "%s6_s1 = smov 1")
+        "%5 = sbr.rel (%p4_p0) target = $region4", "", "", "", "", "%s6_s1 = smov.u32 1")
 
 
 def test_a_loop_ends_when_its_counter_says():
