@@ -95,7 +95,7 @@ def check(case: Case, config: Config, cost: Cost, peer: dict, chip: object, devi
     for side, flops in (("ours", cost.matmul_flops), *([("MaxText's", theirs)] if peer else [])):
         if not 0.985 * need <= flops <= 1.35 * need:
             raise ValueError(f"{case.name}: {side} matrix FLOPs {flops:.4g} are not those of the step, {need:.4g}")
-    if theirs and case.remat == "full" and abs(cost.matmul_flops / theirs - 1) > 0.015:
+    if theirs and case.remat == peer["remat"] == "full" and abs(cost.matmul_flops / theirs - 1) > 0.015:
         raise ValueError(f"{case.name}: matrix FLOPs {cost.matmul_flops:.4g}, MaxText's {theirs:.4g}: not the same repetitions")
     turns = [count for _, count in cost.loops]
     if turns.count(config.model.num_layers) < 2:
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"of {', '.join(case.name for case in CASES)}")
     parser.add_argument("--cache", type=Path, default=ROOT / "plans/cache", help="folder of compiled programs")
     parser.add_argument("--flags", default="", help="as neo.plan's: quick, none, or '--a=1 --b=2'; nothing is rated then")
-    parser.add_argument("--remat", default="", help="another policy for the cases of --only; nothing is rated then")
+    parser.add_argument("--remat", default="", help="other policies for --only, as full,lean; nothing is rated then")
     parser.add_argument("--json", type=Path, help=f"where figures go (a full run: {RESULTS.relative_to(ROOT)})")
     args = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
@@ -162,12 +162,14 @@ def main() -> None:
     wanted = [case for case in CASES if not args.only or case.name in args.only.split(",")]
     if not wanted:
         parser.error(f"--only={args.only}: cases are {', '.join(case.name for case in CASES)}")
+    if args.remat:
+        wanted = [dataclasses.replace(case, remat=policy) for case in wanted for policy in args.remat.split(",")]
     known = json.loads(MAXTEXT.read_text())
     print(HEAD, flush=True)
     found, rated = {}, []
     for case in wanted:
-        case = dataclasses.replace(case, remat=args.remat or case.remat)
-        got = found[case.name] = measure(case, known["models"], known["runs"], args.cache, args.flags)
+        got = measure(case, known["models"], known["runs"], args.cache, args.flags)
+        found[case.name + (f" {case.remat}" if args.remat else "")] = got
         title = f"{case.model} {case.topology} {case.remat}" + (" no flags" if case.flags == "none" else "")
         print(line(title, got), flush=True)
         if case.peer:
