@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or shutil.whic
     # Most of the tests' time is LLVM optimizing programs that then run for milliseconds: a third less without (measured).
     if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+# A shell starts what runs in its background with Ctrl-C ignored, and processes hand that on: tests that press it would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine, and no failures because a machine is slow.
 hypothesis.settings.register_profile("neo", deadline=None, derandomize=True)

@@ -21,7 +21,7 @@ class Kept:
     host: tuple[str, ...] = ()
 
 
-# Largest memory first. None: no rematerialisation at all. docs/kernels.md has time and memory of each for the 7B step.
+# Largest memory first. None: no rematerialisation at all. docs/plan.md has time and memory of each for a 7B step.
 POLICIES: dict[str, Kept | None] = {
     "none": None,
     # Only element-wise work is repeated (behind a norm of its own, also the down projection).
