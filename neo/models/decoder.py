@@ -71,7 +71,7 @@ class Block(nnx.Module):
         y = self.attention(self._norm("attention_norm", x), rotation, attend, pin)
         x = x + self.multiplier * self._norm("attention_post_norm", y)
         x = checkpoint_name(pin(x, ROWS_FIRST), "residual_mid")
-        y = self.mlp(self._norm("mlp_norm", x))
+        y = self.mlp(self._norm("mlp_norm", x), pin)
         return x + self.multiplier * self._norm("mlp_post_norm", y)
 
     def _norm(self, name: str, x: Array) -> Array:
