@@ -97,9 +97,9 @@ def check(case: Case, config: Config, cost: Cost, peer: dict, chip: object, devi
             raise ValueError(f"{case.name}: {side} matrix FLOPs {flops:.4g} are not those of the step, {need:.4g}")
     if theirs and case.remat == peer["remat"] == "full" and abs(cost.matmul_flops / theirs - 1) > 0.015:
         raise ValueError(f"{case.name}: matrix FLOPs {cost.matmul_flops:.4g}, MaxText's {theirs:.4g}: not the same repetitions")
-    turns = [count for _, count in cost.loops]
-    if turns.count(config.model.num_layers) < 2:
-        raise ValueError(f"{case.name}: loops of {turns} turns, not a forward and a backward one of {config.model.num_layers}")
+    turns, layers = [count for _, count in cost.loops], config.model.num_layers
+    if sum(count in (layers, layers - 1) for count in turns) < 2:   # the compiler may take a turn out of a loop
+        raise ValueError(f"{case.name}: loops of {turns} turns, not a forward and a backward one of {layers}")
     if peer and (peer["topology"], peer["global_batch"], peer["model"]) != (case.topology, case.global_batch, case.model):
         raise ValueError(f"{case.name} stands beside another step: {peer}")
     if not cost.kernel_uses or any(use.cycles <= 0 for use in cost.kernel_uses):
