@@ -74,8 +74,8 @@ def rotate(x: Float[Array, "B T H h"], rotation: Rotation) -> Float[Array, "B T 
     """Rotate the pairs (x[i], x[i + h/2]) by the angles of their position.
 
     by_product: x * cos + (x R) * sin with a matrix R that swaps the halves and changes a sign, instead of taking x apart.
-    On TPUs half a head is half a vector register: taking heads apart and together again costs 4 % of a 7B step by the
-    compiler's account, a product with R (exact: one entry of +-1 a column) next to nothing.
+    On TPUs half a head is half a vector register: taking heads apart and together again costs 2 to 3 % of a 7B step by
+    the compiler's account, a product with R (exact: one entry of +-1 a column) next to nothing.
     """
     if rotation.by_product:
         return _rotate_by_product(x, rotation.cos, rotation.sin)
