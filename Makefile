@@ -37,14 +37,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK
 unexport PYTHONPATH PYTHONHOME
 
 # One environment per Python version; an empty file in it names the extras it has (.has-base, .has-test-plan).
-# On newer Pythons the tests compile the big recipes and the kernels for TPUs, with libtpu ([plan]) and no TPU, and the
+# The tests compile the big recipes and the kernels for TPUs, with libtpu ([plan]) and no TPU, and on newer Pythons the
 # kernels for Hopper GPUs, with JAX's CUDA plugin ([aot]) and no GPU.
 comma := ,
 empty :=
 space := $(empty) $(empty)
 stamp = $(VENV)/.has-$(subst $(space),-,$(strip $(or $(subst $(comma),$(space),$(1)),base)))
 FOR_DEMO := $(call stamp,$(strip $(EXTRAS)))
-FOR_TEST := $(call stamp,test $(if $(filter-out 3.11,$(VERSION)),plan aot) $(EXTRAS))
+FOR_TEST := $(call stamp,test plan $(if $(filter-out 3.11,$(VERSION)),aot) $(EXTRAS))
 FOR_BENCH := $(call stamp,bench $(EXTRAS))
 
 help:
@@ -59,7 +59,8 @@ check:
 
 $(VENV)/.has-%: setup.py constraints.txt | check
 	@echo "Installing neo and what it needs into $(VENV): the first time about 270 MB to download, 1.1 GB of disk and a few minutes."
-	@echo "$(if $(findstring plan,$*),libtpu and the CUDA plugin add 350 MB to download and 1 GB of disk. )$(if $(findstring bench,$*),torch adds 0.2 to 3 GB. \
+	@echo "$(if $(findstring plan,$*),The TPU compiler adds 140 MB to download and 640 MB of disk. \
+		)$(if $(findstring aot,$*),The CUDA plugin adds 210 MB to download and 380 MB of disk. )$(if $(findstring bench,$*),torch adds 0.2 to 3 GB. \
 		)$(if $(filter demo,$(MAKECMDGOALS)),The demo then takes 4 to 8 minutes on 2 cores and 4 GB of memory.)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --progress-bar off -e '.$(if $(filter-out base,$*),[$(subst -,$(comma),$*)])' -c constraints.txt
@@ -96,8 +97,8 @@ run-tests: $(FOR_TEST)
 	$(PARALLEL) tests/multi_device $(SELECT)
 	$(PYTEST) tests/multi_process $(SELECT)
 
-# What depends on JAX most: kernels, models, sharding, checkpoints, and the compiler for TPUs.
-PART := $(wildcard tests/kernels tests/models tests/tpu tests/train/test_checkpoint*.py)
+# What depends on JAX most: kernels, models, sharding, checkpoints, the compiler for TPUs and what reads its programs.
+PART := $(wildcard tests/kernels tests/models tests/tpu tests/plan tests/train/test_checkpoint*.py)
 run-part: $(FOR_TEST)
 	$(PARALLEL) $(PART) $(SELECT)
 	$(PARALLEL) tests/multi_device $(SELECT)

@@ -31,6 +31,8 @@ REQUIRED = [
     "zstandard>=0.22",
 ]
 
+# The compilers for accelerators are published for these machines; elsewhere their extras are empty.
+COMPILERS = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],  # runs on CUDA 13 drivers too
@@ -38,9 +40,10 @@ EXTRAS = {
     "data": ["seqio>=0.0.20", "tensorflow>=2.20", "tensorflow-text>=2.20", "absl-py>=2"],
     "hf": ["transformers>=4.56", "tokenizers>=0.22", "huggingface_hub>=0.34", "datasets>=4.0", "safetensors>=0.6"],
     "gguf": ["gguf>=0.19", "xllamacpp"],  # the writer, and llama.cpp prebuilt: K-quants, and the check by running the file
-    "plan": ["jax[tpu]>=0.10"],  # libtpu compiles for TPUs on a machine without one; jax knows which one fits it
+    # libtpu compiles for TPUs on a machine without one; jax knows which one fits it.
+    "plan": [f"jax[tpu]>=0.10; {COMPILERS}"],
     # Compiles the Hopper kernels on a machine without a GPU, down to their registers: tests on the newest JAX have it.
-    "aot": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],
+    "aot": [f"jax-cuda13-plugin>=0.10; {COMPILERS}", f"jax-cuda13-pjrt>=0.10; {COMPILERS}"],
     "wandb": ["wandb>=0.20"],
     "notebook": ["notebook>=7", "nbconvert>=7", "ipykernel>=6"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "safetensors>=0.6",

@@ -13,13 +13,15 @@ from neo.config.schema import InitConfig, ModelConfig
 from neo.models.init import deviation, filled, matrix, plus, starting_gain, times
 from neo.models.norm import Norm
 from neo.models.position import Rotation, rotate
-from neo.parallel.rules import Pin, unpinned
+from neo.parallel.rules import InMemory, Pin, unpinned
 
 # (q, k, v, sinks or None) -> mixed values. What it does with k and v (a kernel, a cache) is not the layer's business.
 Attend = Callable[[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "H"] | None],
                   Float[Array, "B T H h"]]
 
-HEADS_FIRST = (0, 2, 1, 3)   # [B, T, H, h] in memory as [B, H, T, h]
+# [B, T, H, h] in memory as [B, H, T, h].
+QUERIES = InMemory((0, 2, 1, 3), ("batch", "sequence", "heads", "head"))
+KEYS = InMemory((0, 2, 1, 3), ("batch", "sequence", "kv", "head"))
 
 
 class Attention(nnx.Module):
@@ -62,10 +64,10 @@ class Attention(nnx.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         # As the TPU kernels read and write them, so that what is kept for the backward pass is not turned on its way.
-        query, key, value = (pin(x, HEADS_FIRST) for x in (query, key, value))
+        query, key, value = pin(query, QUERIES), pin(key, KEYS), pin(value, KEYS)
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
-        mixed = pin(attend(query, key, checkpoint_name(value, "value"), sinks), HEADS_FIRST)
+        mixed = pin(attend(query, key, checkpoint_name(value, "value"), sinks), QUERIES)
         y = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x.dtype))
         return times(plus(y, getattr(self, "output_bias", None)), getattr(self, "output_gain", None))
 

@@ -39,10 +39,10 @@ from neo.models.mlp import MLP
 from neo.models.norm import Norm
 from neo.models.position import Rotation, alibi_slopes, rotations
 from neo.models.remat import rematerialise
-from neo.parallel.rules import Layout, Pin, unpinned
+from neo.parallel.rules import InMemory, Layout, Pin, unpinned
 
 Params = dict[str, Any]
-ROWS_FIRST = (0, 1, 2)   # [B, T, D] in memory as it is written
+RESIDUAL = InMemory((0, 1, 2), ("batch", "sequence", "activation"))   # [B, T, D] as it is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], rotation: Rotation | None, attend: Attend,
                  pin: Pin = unpinned) -> Float[Array, "B T D"]:
-        x = pin(x, ROWS_FIRST)
+        x = pin(x, RESIDUAL)
         y = self.attention(self._norm("attention_norm", x), rotation, attend, pin)
         x = x + self.multiplier * self._norm("attention_post_norm", y)
-        x = checkpoint_name(pin(x, ROWS_FIRST), "residual_mid")
+        x = checkpoint_name(pin(x, RESIDUAL), "residual_mid")
         y = self.mlp(self._norm("mlp_norm", x), pin)
         return x + self.multiplier * self._norm("mlp_post_norm", y)
 

@@ -11,13 +11,16 @@ from jaxtyping import Array, Float
 
 from neo.config.schema import InitConfig, ModelConfig
 from neo.models.init import deviation, filled, matrix, plus, starting_gain, times
-from neo.parallel.rules import Pin, unpinned
+from neo.parallel.rules import InMemory, Pin, unpinned
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+# The down projection [F, D] in memory as it is gathered, D first: where D / fsdp is no multiple of 8 (3072 / 256 = 12) the
+# compiler turned it on the way, which cost more than the product.
+AS_GATHERED = InMemory((1, 0), ("mlp", "gathered"), gradient=False)
 
 
 class MLP(nnx.Module):
@@ -48,7 +51,5 @@ class MLP(nnx.Module):
             y = activation(gate) * y
         else:
             y = activation(y)
-        # In memory as it is gathered, D first: where D / fsdp is no multiple of 8 (3072 / 256 = 12) the compiler turned it on
-        # the way, which cost more than the product.
-        y = plus(y @ pin(self.down[...].astype(x.dtype), (1, 0)), getattr(self, "down_bias", None))
+        y = plus(y @ pin(self.down[...].astype(x.dtype), AS_GATHERED), getattr(self, "down_bias", None))
         return times(y, getattr(self, "down_gain", None))

@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -36,8 +37,10 @@ _WORTH = re.compile(r"involuntary full rematerialization|rematerialization: ", r
 def version() -> str:
     """libtpu's, as pip knows it. InputError with the line that installs it, where it is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(f"compiling for TPUs without one needs the package 'libtpu', which is not installed: "
-                         f"{install_line('plan')}")
+        here = f"{platform.system()} on {platform.machine()}"
+        how = install_line("plan") if here == "Linux on x86_64" else (
+            f"it is published for Linux on x86_64, this is {here}; GPU topologies need no libtpu")
+        raise InputError(f"compiling for TPUs without one needs the package 'libtpu', which is not installed: {how}")
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

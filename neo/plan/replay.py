@@ -27,6 +27,8 @@ FREE_CUSTOM_CALLS = {
     "AsyncCollectiveDone": "the end of that collective",
     "ConcatBitcast": "parts that lie side by side, seen as one array",
     "GatherScatterIndicesBitpacked": "marks how the indices of a gather lie in memory",
+    "PrepareAsyncCallDone": "the end of that hand-over",
+    "PrepareAsyncCallStart": "hands a collective to the SparseCore, which is priced (libtpu 0.0.42)",
     "Sharding": "a note to the partitioner",
     "SliceId": "which slice of several this is",
 }

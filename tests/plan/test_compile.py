@@ -213,3 +213,13 @@ def test_the_compiler_says_by_how_much_a_step_does_not_fit(tmp_path):
     assert not got.memory.fits and got.memory.peak > 16 * GIB
     again = compile.compile_step(config, parse("v5e:2x2"), cache=tmp_path)
     assert again.cached and again.refused == got.refused
+
+
+@pytest.mark.parametrize(("machine", "part"), [("x86_64", "[plan]'"), ("arm64", "for Linux on x86_64, this is Linux on arm64")])
+def test_a_missing_libtpu_is_named_with_what_helps(monkeypatch, machine, part):
+    monkeypatch.setattr(libtpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(libtpu.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(libtpu.platform, "machine", lambda: machine)
+    with pytest.raises(InputError, match="'libtpu', which is not installed") as caught:
+        libtpu.version()
+    assert part in str(caught.value) and "\n" not in str(caught.value)
