@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import attention_tpu_splash as splash  # noqa: E402
-from tpu_hlo import entry_operations, xla_cycles  # noqa: E402
+from tpu_hlo import entry_operations, is_backward, is_kernel, xla_cycles  # noqa: E402
 
 from neo.plan.kernel_dump import dump_flags, kernels, table  # noqa: E402
 from neo.plan.kernel_scalar import Run, execute  # noqa: E402
@@ -263,7 +263,7 @@ def count(chip: Chip, folder: Path, detail: bool = False) -> dict:
     """{"forward", "backward", "xla": cycles, "kernels": [...], "operations": dearest first, ...} of a compiled program."""
     facts = json.loads((folder / "facts.json").read_text())
     operations = entry_operations(facts["program"])
-    wanted = {op.name: op for op in operations if op.kernel}
+    wanted = {op.name: op for op in operations if is_kernel(op)}
     found, cycles = [], {"forward": 0.0, "backward": 0.0}
     for dump in kernels(folder):
         op = wanted.pop(dump.name, None)
@@ -272,7 +272,7 @@ def count(chip: Chip, folder: Path, detail: bool = False) -> dict:
         words = next((arrays for part, arrays in facts["words"].items() if f"_{part}" in dump.name), ())
         runs = [execute(dump, core, dict(enumerate(words))) for core in range(chip.cores)]
         entry = price(chip, runs)
-        backward = op.backward or facts["direction"] == "backward"
+        backward = is_backward(op) or facts["direction"] == "backward"
         found.append({"name": dump.name, "direction": "backward" if backward else "forward", **entry})
         cycles[found[-1]["direction"]] += entry["cycles"]
         if detail:

@@ -113,7 +113,7 @@ def batches(shape: Shape, start: int, count: int) -> Iterator[Any]:
 
 def our_settings(shape: Shape) -> list[dict[str, Any]]:
     """What the backward pass keeps, most first; the micro-batch is neo's to choose."""
-    return [{"remat": policy} for policy in ("none", "minimal", "attention", "full")]
+    return [{"remat": policy} for policy in ("none", "minimal", "lean", "attention", "full")]
 
 
 def ours(shape: Shape, setting: dict[str, Any], dry: bool) -> tuple[Callable[[int, int], list[float]], dict[str, Any]]:

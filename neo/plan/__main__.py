@@ -66,11 +66,12 @@ def run(args: Namespace) -> None:
         raise InputError(f"--candidates={args.candidates}: 1 or more is needed")
     from neo.config import load
     from neo.plan import planner
+    from neo.plan.compile import phase_of
     from neo.plan.topology import parse
 
     config = load(args.config, args.overrides)
     topology = parse(args.topology)
-    planner.phase_of(config, args.phase)
+    phase_of(config, args.phase)
     out = _out_folder(args.out or f"plans/{config.name}-{_plain(topology.name)}")
     flags = args.flags or ("none" if config.train.compiler_flags == "none" else "")
     engine = planner.engine_for(topology, out / "cache", _say, flags)

@@ -18,6 +18,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
          "collective-broadcast")
 # Bytes/s one way over PCIe for one chip: "How To Scale Your Model" (jax-ml.github.io/scaling-book, "How to Think About TPUs").
 HOST_BANDWIDTH = {"v6e": 32e9, "any": 15e9}
+Torus = Sequence[tuple[int, bool]]   # chips along each side of a slice, and whether the side is a ring
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
@@ -205,22 +206,20 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def links_share(size: int, chip: Chip, torus: Sequence[int]) -> float:
-    """Part of a device's links that a group of `size` devices uses: sides of the torus it must span over all of them.
+def links_share(size: int, chip: Chip, torus: Torus) -> float:
+    """Part of a chip's links that a group of `size` devices uses: those along the sides of the torus that it must span.
 
-    A group that runs along one side has only that side's two links. Mesh axes are taken to follow the sides, as
-    `mesh_utils` lays them if it can. All links where `torus` is not given.
+    A group that runs along one side has only that side's two links, or one where the side is no ring. Mesh axes are
+    taken to follow the sides, as `mesh_utils` lays them if it can. All links where `torus` is not given.
     """
-    reach, sides = chip.devices, 0
-    for side in sorted((side for side in torus if side > 1), reverse=True):
-        if reach >= size:
-            break
-        reach, sides = reach * side, sides + 1
-    spanned = sum(side > 1 for side in torus)
-    return max(sides, 1) / spanned if spanned else 1.0
+    reach, links = chip.devices, 0
+    for side, ring in sorted(torus, reverse=True):
+        if side > 1 and (reach < size or not links):
+            reach, links = reach * side, links + (2 if ring else 1)
+    return links / (2 * len(torus)) if links else 1.0
 
 
-def transfer(op: Op, kind: str, chip: Chip, devices: int, network: str | None = None, torus: Sequence[int] = ()) -> Transfer:
+def transfer(op: Op, kind: str, chip: Chip, devices: int, network: str | None = None, torus: Torus = ()) -> Transfer:
     """Bytes and time of a collective inside a slice, or over `network` "dcn".
 
     Conventions, ours: a device receives (n-1)/n of the array in an all-gather, reduce-scatter or all-to-all and twice that

@@ -35,7 +35,7 @@ def compile_step(config: Config, topology: Topology, phase: str = "", *, flags: 
 
     Args:
         topology: TPUs; its chip says how much HBM a program may use.
-        phase: its name, default the first.
+        phase: its name; default the phase with the most tokens.
         flags: "--name=value" texts, or objects with `name` and `value`, given to libtpu when it starts.
         cache: folder of compiled programs; a program that was compiled before is taken from there, found by the hash of what
             was lowered, or, while config, flags, neo's code and versions are the same, without lowering it.
@@ -46,9 +46,9 @@ def compile_step(config: Config, topology: Topology, phase: str = "", *, flags: 
     compiler fails in another way.
     """
     libtpu.version()
-    capacity = capacity_of(topology)
+    capacity = topology.chip.hbm_bytes
     texts = [flag_text(flag) for flag in flags]
-    job = {"config": to_dict(config), "topology": topology.name, "phase": phase_named(config, phase).name,
+    job = {"config": to_dict(config), "topology": topology.name, "phase": phase_of(config, phase).name,
            "capacity": capacity, "flags": texts, "cache": str(Path(cache).resolve())}
     asked = Path(job["cache"]) / "asked" / question(job)
     if asked.exists() and (Path(job["cache"]) / asked.read_text() / "facts.json").exists():
@@ -83,23 +83,20 @@ def _own_code() -> str:
     return found.hexdigest()
 
 
-def phase_named(config: Config, name: str) -> PhaseConfig:
-    """A phase of the config; "" is the first. InputError names the known ones."""
+def phase_of(config: Config, name: str) -> PhaseConfig:
+    """A phase by name; "" is the one with the most tokens. InputError lists them."""
     names = [one.name for one in config.phases]
-    if name and name not in names:
-        raise InputError(f"no phase {name!r}{nearest(name, names)}; phases of {config.name}: {', '.join(names)}")
-    return config.phases[names.index(name) if name else 0]
+    if not name:
+        return max(config.phases, key=lambda one: one.whole_tokens)
+    if name not in names:
+        raise InputError(f"--phase={name}: there is no such phase{nearest(name, names)}; phases: {', '.join(names)}")
+    return config.phases[names.index(name)]
 
 
 def flag_text(flag: Any) -> str:
     """"--name=value" of a text or of an object with `name` and `value`."""
     text = flag if isinstance(flag, str) else f"{flag.name}={flag.value}"
     return f"--{text.lstrip('-')}"
-
-
-def capacity_of(topology: Topology) -> int:
-    """Bytes of HBM that a program may use on one device."""
-    return int(topology.chip.hbm_bytes)
 
 
 def run_child(job: dict[str, Any], flags: Sequence[str], what: str, progress: Callable[[str], None], *,

@@ -5,11 +5,11 @@ Not modelled: latency of collectives, contention for HBM between core and links,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from neo.errors import InputError
 from neo.plan.chips import Chip
-from neo.plan.collectives import Groups, axes_of
+from neo.plan.collectives import Groups, Torus, axes_of
 from neo.plan.hlo import KernelCall, Program, parse
 from neo.plan.plan import Collective, Cost, KernelUse, OpGroup
 from neo.plan.replay import Pricing, Run
@@ -17,7 +17,7 @@ from neo.plan.replay import Pricing, Run
 
 def cost(hlo: str | Program, chip: Chip, kernel_cycles: Callable[[KernelCall], float], *,
          mesh: Mapping[str, int] | None = None, network_of: Callable[[Groups], str] | None = None,
-         torus: Sequence[int] = ()) -> Cost:
+         torus: Torus = ()) -> Cost:
     """What a compiled step costs on one device.
 
     Args:
@@ -26,7 +26,7 @@ def cost(hlo: str | Program, chip: Chip, kernel_cycles: Callable[[KernelCall], f
         mesh: axis -> size, to name the axes of collectives; without it `Collective.axes` is empty.
         network_of: "ici" or "dcn" for the devices of a collective; default all "ici". Programs of several TPU slices need
             none: what goes between slices stands in them as such.
-        torus: sides of a slice; groups that span a part of them get a part of the links. Default: all links for all.
+        torus: sides of a slice; groups get the links along those they span. Default: all links for all.
 
     Raises InputError for a program that is not scheduled, a loop without a constant number of turns and a custom call
     without a price.

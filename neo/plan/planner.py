@@ -17,6 +17,7 @@ from neo.models.decoder import Decoder
 from neo.models.flops import parameter_count, train_flops_per_token
 from neo.parallel.mesh import AXES, BATCH_AXES, mesh_shape
 from neo.parallel.rules import Layout, rules_for
+from neo.plan.compile import phase_of
 from neo.plan.plan import Compiled, Cost, MemoryUse, Plan
 from neo.train import attention_choice, memory
 
@@ -69,7 +70,7 @@ class Setting:
     @property
     def capacity(self) -> int:
         """Bytes of HBM that a program may use on a device."""
-        return int(self.topology.chip.hbm_bytes)
+        return self.topology.chip.hbm_bytes
 
     @property
     def parameters(self) -> int:
@@ -110,20 +111,9 @@ def setting(config: Config, topology: Topology, phase: str = "", micro_batch: in
     attention, _ = attention_choice.choose(config, asked)
     decoder = Decoder(config.model, jnp.dtype(dtype), config.train.remat, attention,
                       Layout(None, rules_for(config.model.num_kv_heads, sizes["tensor"])))
-    micro_batch = micro_batch or memory.choose_micro_batch(config, decoder, one, sizes, int(topology.chip.hbm_bytes),
+    micro_batch = micro_batch or memory.choose_micro_batch(config, decoder, one, sizes, topology.chip.hbm_bytes,
                                                            topology.platform)
     return Setting(config, one, topology, sizes, decoder, micro_batch)
-
-
-def phase_of(config: Config, name: str) -> PhaseConfig:
-    """A phase by name; "" is the one with the most tokens. InputError lists them."""
-    from neo.errors import nearest
-    names = [one.name for one in config.phases]
-    if not name:
-        return max(config.phases, key=lambda one: one.whole_tokens)
-    if name not in names:
-        raise InputError(f"--phase={name}: there is no such phase{nearest(name, names)}; phases: {', '.join(names)}")
-    return config.phases[names.index(name)]
 
 
 def plan(config: Config, topology: Topology, engine: Engine, *, phase: str = "", overrides: Sequence[str] = ()) -> Plan:
@@ -195,8 +185,9 @@ def engine_for(topology: Topology, cache: Path, say: Say, flags: str = "") -> En
         return compile_step(config, topology, phase, flags=chosen, cache=cache, progress=say)
 
     def price(compiled: Compiled, topology: Topology) -> Cost:
-        return cost(compiled.hlo, topology.chip, kernel_prices(compiled, topology, cache=cache, progress=say),
-                    mesh=compiled.facts["mesh"])
+        prices = kernel_prices(compiled, topology, cache=cache, progress=say)
+        found = cost(compiled.hlo, topology.chip, prices, mesh=compiled.facts["mesh"], torus=topology.torus)
+        return dataclasses.replace(found, notes=(*found.notes, *prices.notes))
 
     return Engine(compiled, price, rough, chosen)
 

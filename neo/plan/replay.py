@@ -10,11 +10,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from neo.errors import InputError
 from neo.plan.chips import Chip
-from neo.plan.collectives import Groups, Transfer, base_kind, between_slices, device_count, host_copy, transfer
+from neo.plan.collectives import Groups, Torus, Transfer, base_kind, between_slices, device_count, host_copy, transfer
 from neo.plan.flops import matmul_flops
 from neo.plan.hlo import KernelCall, Op, Program, branches, kernel_call
 from neo.plan.loops import turns
@@ -221,7 +221,7 @@ class Pricing:
     """A program with its prices."""
 
     def __init__(self, program: Program, chip: Chip, kernel_cycles: Callable[[KernelCall], float],
-                 network_of: Callable[[Groups], str] | None = None, torus: Sequence[int] = ()):
+                 network_of: Callable[[Groups], str] | None = None, torus: Torus = ()):
         self.program, self.chip, self.torus = program, chip, torus
         self.kernel_cycles, self.network_of = kernel_cycles, network_of
         self.devices = device_count(program)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from neo.plan.collectives import links_share
 from neo.plan.plan import Cost
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def rough(chosen: Setting) -> Cost:
                 kernels=0.0, communication=total, matmul_flops=flops, notes=("from the config alone",))
 
 
-def link_bandwidth(topology: Topology) -> float:
-    """Bytes/s over all ICI links of a device: a side that is no ring has half of them, one of a single chip none."""
-    sides = [(2 if ring else 1) if side > 1 else 0 for side, ring in zip(topology.shape, topology.wrap, strict=False)]
-    return topology.chip.ici_bandwidth * max(1, sum(sides)) / (2 * len(topology.shape))
+def link_bandwidth(topology: Topology, size: int = 0) -> float:
+    """Bytes/s that a device of a group of `size` receives over the links inside a slice; default the whole slice."""
+    size = size or topology.devices // topology.slices
+    return topology.chip.ici_bandwidth * links_share(size, topology.chip, topology.torus)
 
 
 def _repeated(policy: str) -> float:

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING
 
 from neo.config import Config
 from neo.errors import InputError
+from neo.plan.compile import phase_of
 from neo.plan.plan import Collective, Cost, Plan
 from neo.plan.report import GIB, aligned, mesh_text
+from neo.plan.roofline import UPDATE_BYTES
 from neo.plan.rough import GRADIENT_BYTES, link_bandwidth
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from neo.plan.topology import Topology
 
 HOP_SECONDS = 1e-6      # inferred: about a microsecond a hop of ICI
-# Read parameter, gradient and both moments, write parameter and moments, all float32 (ours: neo.train.optimizer).
-UPDATE_BYTES = 7 * 4
 WORTH = 0.9             # of the best MFU of the table (ours): below it a config has stopped scaling
 HIDDEN = 0.02           # of a step (ours): communication that is shorter limits nothing
 SLICE = 64              # chips (ours): runs of several slices are not made of smaller ones
@@ -185,7 +185,7 @@ def _mesh(config: Config, plan: Plan, base: Topology, there: Topology) -> dict[s
 def _on(config: Config, plan: Plan, topology: Topology, sizes: dict[str, int], local: int) -> Setting:
     """The planned phase alone, with `local` sequences on each device of this topology."""
     from neo.parallel.mesh import BATCH_AXES
-    from neo.plan.planner import phase_of, setting
+    from neo.plan.planner import setting
     phase = dataclasses.replace(phase_of(config, plan.phase), batch_ramp=(), batch_ramp_tokens=0,
                                 global_batch=local * math.prod(sizes[axis] for axis in BATCH_AXES))
     micro = math.gcd(local, plan.micro_batch)
@@ -207,9 +207,9 @@ def _times(plan: Plan, before: Setting, there: Setting, engine: Engine) -> Times
     for one in cost.collectives:
         if _over_replicas(one, plan):
             continue
-        seconds = one.wire_bytes / link_bandwidth(there.topology)
+        n, n0 = (there.sizes["fsdp"], max(2, plan.mesh["fsdp"])) if _over_fsdp(one, plan) else (one.group, one.group)
+        seconds = one.wire_bytes / link_bandwidth(there.topology, one.group * n // n0)
         if _over_fsdp(one, plan):
-            n, n0 = there.sizes["fsdp"], max(2, plan.mesh["fsdp"])
             seconds *= (n - 1) / n / ((n0 - 1) / n0)
             latency += one.times * (passes if one.loop != "entry" else 1) * _hops(there.topology) * HOP_SECONDS
         links += seconds * (passes if one.loop != "entry" else work)

@@ -13,8 +13,9 @@ from neo.config import Config, PhaseConfig
 from neo.config.schema import REMAT_POLICIES
 from neo.errors import InputError
 from neo.parallel.mesh import AXES, follows_links
+from neo.plan.compile import phase_of
 from neo.plan.plan import Cost, MemoryUse, Plan
-from neo.plan.planner import Engine, Say, Setting, phase_of, plan, setting
+from neo.plan.planner import Engine, Say, Setting, plan, setting
 from neo.plan.report import GIB, mesh_text, name_of, order, passes_text
 from neo.plan.scaling import resized
 from neo.train import memory

@@ -116,6 +116,11 @@ class Topology:
         return (all(side % CUBE == 0 for side in self.shape),) * 3
 
     @property
+    def torus(self) -> tuple[tuple[int, bool], ...]:
+        """Sides of a TPU slice, each with whether it is a ring; empty for GPUs."""
+        return tuple(zip(self.shape, self.wrap, strict=False)) if self.platform == "tpu" else ()
+
+    @property
     def granules(self) -> int:
         """Sets of devices that only the slow network joins: slices, or nodes of GPUs."""
         return self.shape[1] if self.platform == "gpu" else self.slices

@@ -156,7 +156,8 @@ def train(session: Session, hooks: list[Hook]) -> None:
                 if pending is not None:
                     recorder.settle(pending)
                 _stop(session, stopping)
-            session.state, values = run_step(session.state, batch, *session.rates(step))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):   # a trace is cut into steps by it
+                session.state, values = run_step(session.state, batch, *session.rates(step))
             if pending is not None:
                 recorder.settle(pending)
             pending = Pending(step, phase, at.tokens, values)

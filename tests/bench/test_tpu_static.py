@@ -145,7 +145,7 @@ ENTRY %main (q: bf16[8,128]) -> bf16[8,128] {
 
 def test_what_xla_adds_is_priced_by_its_own_estimate():
     operations = tpu_hlo.entry_operations(HLO)
-    assert [(op.name, op.backward) for op in operations if op.kernel] == [("mine.1", True)]
+    assert [(op.name, tpu_hlo.is_backward(op)) for op in operations if tpu_hlo.is_kernel(op)] == [("mine.1", True)]
     total, costs = tpu_hlo.xla_cycles(operations, bytes_per_cycle=64)
     # odd and out have no estimate: written and read once. The copy beside the core and the kernel are not here.
     assert {name: cycles for name, _, cycles in costs} == {"scaled": 120, "odd": 2 * 1024 / 64, "out": 2 * 2048 / 64}

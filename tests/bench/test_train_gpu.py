@@ -74,7 +74,7 @@ def test_settings_are_tried_until_one_fits(monkeypatch):
     assert tried == [{"micro_batch": 16, "recompute": False}, {"micro_batch": 8, "recompute": False}]
     tried.clear()
     failed = bench.first_that_fits("ours", shape, args, "", 1e15)["error"]
-    assert [setting["remat"] for setting in tried] == ["none", "minimal", "attention", "full"]
+    assert [setting["remat"] for setting in tried] == ["none", "minimal", "lean", "attention", "full"]
     assert "no setting fits" in failed and "Tried to allocate" in failed
     tried.clear()   # what cannot fit is not compiled
     assert "by the estimate" in bench.first_that_fits("torch", shape, args, "", 1e9)["error"] and not tried

@@ -115,10 +115,14 @@ def test_a_permute_uses_one_link():
 
 @pytest.mark.parametrize("chip, torus, size, share", [
     (V5E, (16, 16), 256, 1), (V5E, (16, 16), 16, 1 / 2), (V5E, (16, 16), 4, 1 / 2), (V5E, (16, 16), 64, 1),
-    (V5P, (4, 4, 4), 64, 1), (V5P, (4, 4, 4), 16, 2 / 3), (V5P, (4, 4, 4), 4, 1 / 3), (V5P, (2, 2, 1), 4, 1), (V5P, (), 4, 1),
+    (V5P, (4, 4, 4), 64, 1), (V5P, (4, 4, 4), 16, 2 / 3), (V5P, (4, 4, 4), 4, 1 / 3), (V5P, (), 4, 1),
     (BY_NAME["tpu7x"], (4, 4, 4), 8, 1 / 3), (BY_NAME["tpu7x"], (4, 4, 4), 128, 1), (V5P, (1, 1, 1), 1, 1)])
-def test_links_of_groups_that_span_a_part_of_the_torus(chip, torus, size, share):
+@pytest.mark.parametrize("ring", [True, False])
+def test_links_of_groups_that_span_a_part_of_the_torus(chip, torus, size, share, ring):
+    torus = [(side, ring) for side in torus]
+    share *= 1 if ring or size == 1 or not torus else 1 / 2
     assert links_share(size, chip, torus) == share
+    assert links_share(4, V5P, [(2, False), (2, False), (1, False)]) == 1 / 3
     line = f"%g = bf16[{ELEMENTS}] all-gather(%a), replica_groups=[1,{size}]<=[{size}]"
     row, = cost(program(line), chip, unpriced, torus=torus).collectives
     assert row.seconds == pytest.approx(row.wire_bytes / chip.ici_bandwidth / share)

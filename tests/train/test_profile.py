@@ -20,12 +20,17 @@ def traces(workdir):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+def traced(workdir, name):
+    """All events of a trace."""
+    (file,) = (workdir / TRACES / name).glob("*.xplane.pb")
+    return [event for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines
+            for event in line.events]
+
+
 def steps_dispatched(workdir, name):
     """How often the jitted step was called while the trace ran, counted in the trace itself."""
-    (file,) = (workdir / TRACES / name).glob("*.xplane.pb")
-    calls = sorted((event.start_ns, event.end_ns)
-                   for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines
-                   for event in line.events if event.name.startswith("PjitFunction(jit(step))"))
+    calls = sorted((event.start_ns, event.end_ns) for event in traced(workdir, name)
+                   if event.name.startswith("PjitFunction(jit(step))"))
     count, until = 0, 0.0
     for start, end in calls:   # one call may be two events, one inside the other
         count, until = count + (start >= until), max(until, end)
@@ -38,6 +43,9 @@ def test_the_steps_asked_for_are_in_the_trace(command, tmp_path):
     assert traces(tmp_path / "run") == ["steps_3_5"]
     assert list((tmp_path / "run" / TRACES / "steps_3_5").glob("*.trace.json.gz"))
     assert steps_dispatched(tmp_path / "run", "steps_3_5") == 3
+    # What profilers cut the time into steps by.
+    numbers = [dict(event.stats).get("step_num") for event in traced(tmp_path / "run", "steps_3_5") if event.name == "train"]
+    assert sorted(numbers) == [3, 4, 5]
     assert f"tensorboard --logdir={tmp_path / 'run' / 'profile'}" in ended.err
     (event,) = [event for event in Run(tmp_path / "run").events() if event["event"] == "profile"]
     assert (event["first"], event["step"]) == (3, 5)
