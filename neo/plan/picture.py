@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,18 @@ def draw(plans: Sequence[Plan], path: Path, title: str) -> None:
     height = above + below + row * len(shown)
     figure = plt.figure(figsize=(width, height), dpi=100)
     bottom, tall = below / height, row * len(shown) / height
-    left = figure.add_axes((0.125, bottom, 0.325, tall))
+    left = figure.add_axes((0.16, bottom, 0.29, tall))
     right = figure.add_axes((0.475, bottom, 0.515, tall), sharey=left)
     for number, plan in enumerate(shown):
         _memory_bar(left, number, plan)
         _time_bar(right, number, plan)
     _finish_memory(left, shown)
     _finish_time(right, shown)
-    left.set_yticks(range(len(shown)), [name_of(plan).replace(", ", "\n", 1) for plan in shown], fontsize=9)
+    left.set_yticks(range(len(shown)), _labels(shown), fontsize=9)
     left.set_ylim(len(shown) - 0.5, -0.5)
     right.tick_params(left=False, labelleft=False)
     figure.text(0.008, 1 - 0.12 / height, title, ha="left", va="top", fontsize=12)
-    for axis, handles, at in ((left, _keys("arguments", "temporaries"), 0.125), (right, _time_keys(), 0.475)):
+    for axis, handles, at in ((left, _keys("arguments", "temporaries"), 0.16), (right, _time_keys(), 0.475)):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
@@ -49,6 +50,17 @@ def draw(plans: Sequence[Plan], path: Path, title: str) -> None:
     figure.savefig(image, format="png", metadata={"Software": MARK})
     plt.close(figure)
     path.write_bytes(image.getvalue())
+
+
+def _labels(plans: Sequence[Plan]) -> list[str]:
+    """Mesh, then batch and remat; the number of compiler flags where it alone tells two plans apart."""
+    names = [name_of(plan) for plan in plans]
+    labels = []
+    for plan, name in zip(plans, names, strict=True):
+        mesh, _, rest = name.partition(", ")
+        flags = f", {len(plan.flags)} flag{'s' * (len(plan.flags) != 1)}" if names.count(name) > 1 else ""
+        labels.append("\n".join([*textwrap.wrap(mesh, 28), rest + flags]))
+    return labels
 
 
 def _keys(*names: str) -> list[Any]:

@@ -164,7 +164,7 @@ class Replay:
             self.run.missing[f"{op.stem.removesuffix('.call-start')} on a SparseCore"] += self.times
 
     def fused(self, op: Op) -> bool:
-        """Collectives in a fusion. True when that is all the fusion does: the parts of an asynchronous one."""
+        """Collectives in a fusion. True when that is all that can be priced of it."""
         inner = op.called("calls") or ""
         found = self.pricing.collective_in(inner)
         if not found:
@@ -184,6 +184,7 @@ class Replay:
             if kind == "all-reduce" and ("scatter" in inner or any(other.kind == "dynamic-slice" for other in parts)):
                 kind = "reduce-scatter"
             self.synchronous(self.pricing.moved(part, kind))
+            return op.cycles is None
         return False
 
     def custom(self, op: Op) -> None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from neo.plan.picture import MARK, MOST, draw
+from neo.plan.picture import MARK, MOST, _labels, draw
 from neo.plan.plan import MemoryUse
 from neo.plan.report import GIB, ranking, report, to_json
 
@@ -101,6 +101,15 @@ def test_json_holds_what_was_derived(made_plan, too_big):
     assert found["mfu"]["no_overlap"] < found["mfu"]["scheduled"] < found["mfu"]["full_overlap"]
     assert found["cost"]["collectives"][0]["kind"] == "all-gather" and found["memory"]["peak"] == 60 * GIB
     assert json.loads(json.dumps(to_json(too_big)))["fits"] is False
+
+
+def test_rows_of_the_picture_are_told_apart(made_plan):
+    plan = made_plan()
+    quick = dataclasses.replace(plan, flags=plan.flags[:1])
+    wide = dataclasses.replace(plan, mesh={"replica": 2, "fsdp": 64, "context": 2, "tensor": 2})
+    labels = _labels([plan, quick, wide])
+    assert len(set(labels)) == 3 and "1 flag" in labels[1] and "flag" not in labels[2]
+    assert max(len(line) for label in labels for line in label.splitlines()) <= 30
 
 
 def test_picture_is_drawn_for_any_number_of_plans(made_plan, too_big, tmp_path):
