@@ -7,9 +7,9 @@ No compiler prices a GPU cluster offline, so this is a roofline, part by part:
     other       bytes that element-wise work, loss and optimizer move through HBM, and offloaded ones over PCIe
     collectives what the sharding rules ask for: weights over fsdp, gradients, activations over tensor, keys over context
 
-It is a bound that well tuned steps come near. Published steps (`MARKS`) took 0.97 to 1.45 times its time without
+It is a bound that well tuned steps come near. Published steps (`MARKS`) took 0.97 to 1.47 times its time without
 overlap: 0.97 for the best tuned on H100 and 1.02 on A100, to which `MATMUL` is fitted; about 1.3 for cards limited to
-500 W and for an early run on 256; 1.45 for one of 2024. It knows no launch overhead, no slow process, and no
+500 W and for an early run on 256; 1.47 for one of 2024. It knows no launch overhead, no slow process, and no
 contention between NCCL and computation.
 """
 
@@ -124,7 +124,7 @@ def roofline(chosen: Setting) -> Cost:
         other=rest, kernels=kernel, communication=communication, matmul_flops=flops, kernel_uses=kernels,
         collectives=tuple(collectives), operations=tuple(sorted(groups, key=lambda one: -one.seconds)),
         notes=(f"a roofline, not a compiled program: matrix products at {MATMUL[chip.name]:.0%} of peak, HBM at "
-               f"{HBM:.0%}, links at {LINKS:.0%}; published steps took 0.97 to 1.45 times such a time without overlap",
+               f"{HBM:.0%}, links at {LINKS:.0%}; published steps took 0.97 to 1.47 times such a time without overlap",
                f"capacity is {GPU_MEMORY_SHARE:.0%} of the card, what JAX takes unless XLA_CLIENT_MEM_FRACTION says more",
                *(() if bound == 0 else ("sums over tensor stand on the critical path: in full overlap too",))))
 
@@ -180,17 +180,16 @@ def _collectives(chosen: Setting, tokens: float, repeated: Sequence[str]) -> lis
     loop = f"x{layers * passes}"
     found = []
 
-    def add(kind: str, axis: str, dtype: str, times: int, moved: float, mode: str = "async", loop: str = loop) -> None:
+    def add(kind: str, axis: str, dtype: str, times: int, moved: float, mode: str = "async") -> None:
         """`moved`: bytes of the whole arrays over all runs."""
         if sizes[axis] > 1 and moved:
             found.append(_collective(kind, axis, dtype, times, moved, mode, loop, sizes, topology))
 
     add("all-gather", "fsdp", "bf16", 2 * layers * passes, 2 * BFLOAT16 * whole * passes)
     add("reduce-scatter", "fsdp", "bf16", layers * passes, BFLOAT16 * whole * passes)
-    # Axes that split tokens but not parameters sum the gradients; replicas once a step.
-    for axis in ("context", "expert"):
-        add("all-reduce", axis, "f32", passes, FLOAT32 * share * passes)
-    add("all-reduce", "replica", "f32", 1, FLOAT32 * share, loop="entry")
+    # Axes that split tokens but not parameters sum the gradients, layer by layer in each pass, as they were computed.
+    for axis in ("context", "expert", "replica"):
+        add("all-reduce", axis, "bf16", layers * passes, BFLOAT16 * share * passes)
     # Behind output and down projection; backward before q/k/v and the feed-forward layer; loss and embedding at the ends.
     sums = 4 + ("out" in repeated)
     add("all-reduce", "tensor", "bf16", sums * layers * passes, (sums * layers + 2) * BFLOAT16 * tokens * width, "sync")

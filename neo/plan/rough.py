@@ -24,7 +24,6 @@ NOT_ALL = 0.30           # of the other policies (ours)
 # Of weights and gradients, what the schedule does not hide (inferred: 0 on v5p with SparseCore flags, about half on v5e).
 EXPOSED = 0.3
 WIDTH = 2                # bytes: weights are gathered, gradients reduced and activations exchanged in bfloat16
-GRADIENT_BYTES = 4       # summed over replicas in float32
 
 
 def rough(chosen: Setting) -> Cost:
@@ -45,7 +44,7 @@ def rough(chosen: Setting) -> Cost:
     # Keys and values forward, the same and their gradients backward.
     sequence = 3 * model.num_layers * _rest(sizes["context"]) * WIDTH * tokens * sizes["context"] * kv / one_axis
     inside = sizes["replica"] // topology.slices
-    gradients = 2 * GRADIENT_BYTES * share / sizes["fsdp"]
+    gradients = 2 * chosen.accumulation * WIDTH * share / sizes["fsdp"]   # summed over replicas in each pass
     network = _rest(topology.slices) * gradients / topology.dcn_bandwidth
     links = weights + _rest(inside) * gradients / bandwidth
     bound = activations + sequence + network

@@ -7,8 +7,8 @@ What changes with the number of devices is arithmetic, so nothing is compiled ag
     collectives over `fsdp`                       a device receives (n - 1) / n of the same arrays, over the links that the
                                                   larger torus has, once for each pass
     their latency                                 a microsecond a hop, half-way round each ring of the torus
-    gradients over `replica`                      an all-reduce of this device's share, between slices over the network and
-                                                  never hidden
+    gradients over `replica`                      an all-reduce of this device's share in each pass, between slices over the
+                                                  network and never hidden
 
 The estimate hides the same share of the other communication as the compiled schedule did. GPUs are worked out anew by the
 roofline for each number of them.
@@ -29,7 +29,7 @@ from neo.plan.compile import phase_of
 from neo.plan.plan import Collective, Cost, Plan
 from neo.plan.report import GIB, aligned, mesh_text
 from neo.plan.roofline import UPDATE_BYTES
-from neo.plan.rough import GRADIENT_BYTES, link_bandwidth
+from neo.plan.rough import WIDTH, link_bandwidth
 
 if TYPE_CHECKING:
     from neo.plan.planner import Engine, Setting
@@ -213,7 +213,7 @@ def _times(plan: Plan, before: Setting, there: Setting, engine: Engine) -> Times
             seconds *= (n - 1) / n / ((n0 - 1) / n0)
             latency += one.times * (passes if one.loop != "entry" else 1) * _hops(there.topology) * HOP_SECONDS
         links += seconds * (passes if one.loop != "entry" else work)
-    share = GRADIENT_BYTES * plan.parameters / (there.sizes["fsdp"] * there.sizes["tensor"])
+    share = there.accumulation * WIDTH * plan.parameters / (there.sizes["fsdp"] * there.sizes["tensor"])
     slices, copies = there.topology.slices, there.sizes["replica"] // there.topology.slices
     links += 2 * (copies - 1) / copies * share / link_bandwidth(there.topology)
     network = 2 * (slices - 1) / slices * share / there.topology.dcn_bandwidth

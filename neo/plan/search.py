@@ -23,7 +23,7 @@ from neo.train import memory
 if TYPE_CHECKING:
     from neo.plan.topology import Topology
 
-COMPILED = 8       # candidates that are compiled unless told otherwise (the issue's)
+COMPILED = 8       # candidates that are compiled unless told otherwise (ours)
 TENSOR = (1, 2, 4, 8)      # ours: beyond 8 the activations' traffic is never worth it at these widths
 CONTEXT = (1, 2, 4, 8)
 REPLICAS = (1, 2, 4, 8)    # times the number of slices

@@ -77,7 +77,7 @@ def test_slices_pay_for_the_network(base):
     topology, made, engine = base("v6e:16x16")
     one, two = scaling.rows(CONFIG, topology, made, [256, 512], engine)
     assert one.weak.network == 0 and two.mesh["replica"] == 2 and two.topology == "2*v6e:16x16"
-    gradients = 4 * made.parameters / 256
+    gradients = 2 * made.accumulation * made.parameters / 256   # bfloat16, in each pass
     assert two.weak.network == pytest.approx(gradients / topology.dcn_bandwidth)
 
 
