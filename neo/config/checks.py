@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -168,15 +169,16 @@ def _check_data(config: Config) -> None:
 def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     """Refuse a model or batch that these mesh axis sizes cannot split evenly."""
     model, tensor, fsdp = config.model, sizes["tensor"], sizes["fsdp"]
-    for name in ("num_heads", "d_ff", "vocab_size"):
-        value = getattr(model, name)
-        _require(value % tensor == 0, f"mesh.tensor={tensor} does not divide model.{name}={value}")
+    split = {name: getattr(model, name) for name in ("num_heads", "d_ff", "vocab_size")}
+    for name, value in split.items():
+        _require(value % tensor == 0, f"mesh.tensor={tensor} does not divide model.{name}={value}; the next smaller that "
+                                      f"divides {', '.join(split)}: {_divisor(math.gcd(*split.values()), tensor)}")
     kv = model.num_kv_heads
     _require(kv % tensor == 0 or tensor % kv == 0,
              f"mesh.tensor={tensor} fits neither way with model.num_kv_heads={kv}: kv heads can be split over a divisor "
              f"of {kv}, or replicated over a multiple of {kv} (that divides model.num_heads={model.num_heads})")
-    _require(model.d_model % fsdp == 0, f"mesh.fsdp={fsdp} does not divide model.d_model={model.d_model}; "
-                                        f"set mesh.fsdp to a divisor and mesh.replica=-1")
+    _require(model.d_model % fsdp == 0, f"mesh.fsdp={fsdp} does not divide model.d_model={model.d_model}; set "
+                                        f"mesh.fsdp={math.gcd(model.d_model, fsdp)} and mesh.replica=-1")
     ways = sizes["replica"] * fsdp * sizes["expert"]
     for phase in config.phases:
         _check_sequence_split(config, phase, sizes["context"])
@@ -189,6 +191,11 @@ def check_on_mesh(config: Config, sizes: Mapping[str, int]) -> None:
                 _require(batch // ways % config.train.micro_batch == 0,
                          f"train.micro_batch={config.train.micro_batch} does not divide the {batch // ways} sequences per "
                          f"device of phases.{phase.name}.{name}={batch}")
+
+
+def _divisor(value: int, most: int) -> int:
+    """The largest divisor of `value` that is at most `most`."""
+    return next(n for n in range(min(value, most), 0, -1) if value % n == 0)
 
 
 def _check_sequence_split(config: Config, phase: PhaseConfig, context: int) -> None:
