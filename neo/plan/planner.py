@@ -187,9 +187,18 @@ def engine_for(topology: Topology, cache: Path, say: Say, flags: str = "") -> En
     def price(compiled: Compiled, topology: Topology) -> Cost:
         prices = kernel_prices(compiled, topology, cache=cache, progress=say)
         found = cost(compiled.hlo, topology.chip, prices, mesh=compiled.facts["mesh"], torus=topology.torus)
-        return dataclasses.replace(found, notes=(*found.notes, *prices.notes))
+        return dataclasses.replace(found, notes=(*found.notes, *prices.notes, *caveats(topology)))
 
     return Engine(compiled, price, rough, chosen)
+
+
+def caveats(topology: Topology) -> tuple[str, ...]:
+    """Where libtpu compiles for something else than the machine. Seen with 0.0.50.1 on v4, v5p and tpu7x: the same program
+    comes out with and without `wrap`, and gathers as on one slice that is described without rings."""
+    if topology.slices > 1 and topology.chip.sides == 3 and any(topology.wrap):
+        return ("without a machine libtpu knows several 3D slices only with open rings, on which weights are gathered by "
+                "all-reduces of twice the bytes: too slow a step; a plan of one slice with --scaling is nearer",)
+    return ()
 
 
 def flags_of(topology: Topology, text: str) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ FREE_CUSTOM_CALLS = {
     "PrepareAsyncCallStart": "hands a collective to the SparseCore, which is priced (libtpu 0.0.42)",
     "Sharding": "a note to the partitioner",
     "SliceId": "which slice of several this is",
+    "ZeroCrop": "in place, what pads an array to whole tiles set to zero",
 }
 # Scheduled operations that would take time if the compiler had said how much; all others without an estimate are bookkeeping.
 _UNPRICED = ("fusion", "copy", "convolution", "dot")

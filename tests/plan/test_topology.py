@@ -13,6 +13,7 @@ import pytest
 from neo.errors import InputError
 from neo.plan import libtpu
 from neo.plan.chips import BY_NAME
+from neo.plan.planner import caveats
 from neo.plan.topology import PRODUCTS, known, libtpu_arguments, parse, table, tpu_devices
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +151,12 @@ def answers():
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]   # libtpu's C++ writes there too
     return dict(zip(JOBS, json.loads(lines[-1]), strict=True))
+
+
+@pytest.mark.parametrize(("name", "open_rings"), [
+    ("2*v5p:4x4x4", True), ("v5p:4x4x4", False), ("2*v5p:2x2x4", False), ("2*v5e:16x16", False), ("h100:8x4", False)])
+def test_slices_whose_rings_libtpu_leaves_open_are_told(name, open_rings):
+    assert bool(caveats(parse(name))) == open_rings
 
 
 def test_libtpu_makes_the_devices_that_the_name_promises(answers):
