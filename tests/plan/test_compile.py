@@ -117,7 +117,7 @@ def test_what_the_user_can_mend_and_what_not(tmp_path, turns, monkeypatch):
     stub(monkeypatch, "raise ValueError('a bug')")
     with pytest.raises(RuntimeError, match="ValueError: a bug"):
         compile.compile_step(config, topology, cache=tmp_path)
-    with pytest.raises(InputError, match="no phase 'fundamentl' .did you mean 'fundamental'"):
+    with pytest.raises(InputError, match="--phase=fundamentl: there is no such phase .did you mean .fundamental."):
         compile.compile_step(config, topology, "fundamentl", cache=tmp_path)
 
 
