@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 
-from neo.config import load
 from neo.train.workdir import Run
 
 # What a process runs; the waiting times are those of a test.
@@ -68,13 +67,23 @@ def together(tiny, environment, tmp_path):
         out.close(), err.close()
 
 
+@pytest.fixture
+def alone(together):
+    """alone(workdir, **fields) -> Run of one process on one device. Not in this process, which may have more devices."""
+    def start(workdir, **fields):
+        ((code, _, err),) = together(1, workdir, **fields)
+        assert code == 0, err
+        return Run(workdir)
+    return start
+
+
 def error_of(err):
     lines = [line for line in err.splitlines() if "error:" in line]
     assert len(lines) == 1 and lines[0].startswith("neo.train: error: ") and "Traceback" not in err, err
     return lines[0]
 
 
-def test_two_processes_train_what_one_trains(together, tiny, tmp_path):
+def test_two_processes_train_what_one_trains(together, alone, tmp_path):
     ended = together(2, tmp_path / "two")
     assert [code for code, *_ in ended] == [0, 0], ended
     assert "step 6 of 12" in ended[0][1] and ended[1][1] == "", "process 0 alone prints the result"
@@ -87,27 +96,24 @@ def test_two_processes_train_what_one_trains(together, tiny, tmp_path):
     assert sorted(path.name for path in (tmp_path / "two" / "logs").iterdir()) == ["process_000.log", "process_001.log"]
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
 
-    from neo.train.runner import run
-    one = run(load(tiny, {"data.synthetic": True, "train.steps": 6}), tmp_path / "one")
+    one = alone(tmp_path / "one")
     losses = [[record["train/loss"] for record in each.records() if "train/loss" in record] for each in (two, one)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)   # sums over devices are added in another order
 
     # The checkpoint is complete: one process goes on from it, on one device.
-    more = run(load(tiny, {"data.synthetic": True, "train.steps": 7}), tmp_path / "two")
+    more = alone(tmp_path / "two", train__steps=7)
     assert more.events()[-3]["event"] == "resume" and more.events()[-3]["step"] == 6
 
 
-def test_a_sequence_on_two_processes(together, tiny, tmp_path):
+def test_a_sequence_on_two_processes(together, alone, tmp_path):
     """Each reads the rows of all sequences and places its half of their tokens; keys travel between the processes."""
     small = {"model__num_layers": 1, "model__windows": "(0,)", "train__steps": 3}
     ended = together(2, tmp_path / "two", **small, mesh__fsdp=1, mesh__context=2)
     assert [code for code, *_ in ended] == [0, 0], ended
     assert re.search("mesh +context=2", ended[0][2])
 
-    from neo.train.runner import run
-    fields = {"data.synthetic": True, **{name.replace("__", "."): value for name, value in small.items()}}
-    one = run(load(tiny, fields), tmp_path / "one")
+    one = alone(tmp_path / "one", **small)
     losses = [[record["train/loss"] for record in each.records() if "train/loss" in record]
               for each in (Run(tmp_path / "two"), one)]
     assert len(losses[0]) == 3
@@ -150,7 +156,7 @@ def step_in(line):
     return int(line.split(" at step ")[1].split(",")[0])
 
 
-def test_one_curve_through_kills_signals_and_other_numbers_of_processes(together, tiny, tmp_path):
+def test_one_curve_through_kills_signals_and_other_numbers_of_processes(together, alone, tmp_path):
     """Two processes, one is killed; four go on, one gets SIGTERM; two go on, one gets Ctrl-C; one goes on to the end."""
     def leg(count, step, process, number, saved=0):
         begun = time.monotonic()
@@ -180,10 +186,8 @@ def test_one_curve_through_kills_signals_and_other_numbers_of_processes(together
     lines = [[line for line in err.splitlines() if line.startswith("neo.train: stopped by SIGINT")][-1] for *_, err in ended]
     assert step_in(lines[0]) == step_in(lines[1]) > stopped and "SIGINT on process 0 of 2" in lines[1]
 
-    from neo.train.runner import run
-    whole = {"data.synthetic": True}
-    assert run(load(tiny, whole), tmp_path / "run").result()["step"] == 12
-    run(load(tiny, whole), tmp_path / "one")
+    assert alone(tmp_path / "run", train__steps=12).result()["step"] == 12
+    alone(tmp_path / "one", train__steps=12)
     moved, one = losses_of(tmp_path / "run"), losses_of(tmp_path / "one")
     assert sorted(moved) == sorted(one) == list(range(1, 13))
     # Sums over devices are added in another order; nothing else differs, or later steps would be far off.
