@@ -1,7 +1,7 @@
 """The text of a compiled program (`compiled.as_text()`) as data: computations, scheduled operations, shapes, loops, aliases.
 
 Only what pricing needs is understood; everything else of an operation is kept as text in `Op.attributes`. The grammar is
-XLA's printer's, read from programs of libtpu 0.0.50 and 0.0.51; nothing here needs JAX.
+XLA's printer's, read from programs of libtpu 0.0.42, 0.0.50 and 0.0.51; nothing here needs JAX.
 """
 
 from __future__ import annotations

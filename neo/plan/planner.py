@@ -193,8 +193,8 @@ def engine_for(topology: Topology, cache: Path, say: Say, flags: str = "") -> En
 
 
 def caveats(topology: Topology) -> tuple[str, ...]:
-    """Where libtpu compiles for something else than the machine. Seen with 0.0.50.1 on v4, v5p and tpu7x: the same program
-    comes out with and without `wrap`, and gathers as on one slice that is described without rings."""
+    """Where libtpu compiles for something else than the machine. Seen with 0.0.50.1: gathers as on one slice without rings on
+    v4, v5p and tpu7x; on v5p `wrap` and the plain name make no difference."""
     if topology.slices > 1 and topology.chip.sides == 3 and any(topology.wrap):
         return ("without a machine libtpu knows several 3D slices only with open rings, on which weights are gathered by "
                 "all-reduces of twice the bytes: too slow a step; a plan of one slice with --scaling is nearer",)
